@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Synthetic retinal fundus images cropped round the optic disc, with exact disc and cup masks.
+
+Every eye is drawn from one seed: nothing is downloaded, no global random state is touched, and the same seed gives
+the same eye at any image size. The scene is what an ideal camera would see; `mgipt_monai.data.cameras` makes the
+shift between sites.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from mgipt_monai.data.fundus_vessels import draw_vessels, grow_vessels
+
+MIN_SIZE = 32
+
+
+def fundus_scene(seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    """Draw one eye: a fundus image cropped round the optic disc and its label map.
+
+    Args:
+        seed: non-negative integer naming the eye; pigmentation, disc, cup and vessels all follow from it.
+        size: side of the square image in pixels, at least 32 (made for 64 to 512).
+
+    Returns:
+        The RGB image, float32 of shape (size, size, 3) in [0, 1], and the mask, uint8 of shape (size, size) with
+        0 background, 1 disc rim and 2 cup. The whole disc is ``mask >= 1``.
+
+    Raises:
+        ValueError: if `seed` is negative or `size` is too small.
+
+    Example:
+        >>> image, mask = fundus_scene(seed=7, size=64)
+        >>> image.shape, mask.shape, sorted(set(mask.ravel().tolist()))
+        ((64, 64, 3), (64, 64), [0, 1, 2])
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}, but an eye is named by a non-negative integer; pass seed >= 0")
+    if size < MIN_SIZE:
+        raise ValueError(f"size is {size} pixels, too small to draw a disc; pass size >= {MIN_SIZE}")
+    rng = np.random.default_rng(seed)
+    side = rng.choice([-1.0, 1.0])  # which way the macula lies: left and right eyes mirror each other
+    axis = (np.arange(size) + 0.5) / size - 0.5
+    x, y = np.meshgrid(axis, axis)
+
+    # the disc's own frame: its edge is the unit circle, slightly wobbled
+    centre, tilt = rng.uniform(-0.06, 0.06, 2), rng.uniform(-0.5, 0.5)
+    radius = rng.uniform(0.16, 0.24)
+    radii = radius * np.array([rng.uniform(0.86, 0.98), 1.0])
+    turn = np.array([[np.cos(tilt), -np.sin(tilt)], [np.sin(tilt), np.cos(tilt)]])
+    u, v = np.einsum("ji,jhw->ihw", turn, np.stack([x - centre[0], y - centre[1]])) / radii[:, None, None]
+    disc = np.hypot(u, v) / _wobble(rng, u, v, 0.015)
+    ratio = np.clip(rng.normal(0.54, 0.13), 0.3, 0.8)
+    cup_at = rng.uniform(-0.35, 0.35, 2) * (0.92 - ratio)  # scaled so that a rim always remains
+    cup_u, cup_v = (u - cup_at[0]) / (ratio * rng.uniform(0.92, 1.05)), (v - cup_at[1]) / ratio
+    cup = np.hypot(cup_u, cup_v) / _wobble(rng, cup_u, cup_v, 0.03)
+    mask = np.where(disc < 1, np.where(cup < 1, 2, 1), 0).astype(np.uint8)
+
+    image = _background(rng, size, x, y)
+    toward_macula = side * u / np.maximum(np.hypot(u, v), 1e-6)
+    if rng.random() < 0.4:  # peripapillary atrophy: a pale crescent, mostly on the macular side
+        width = rng.uniform(0.15, 0.4) * np.clip(toward_macula + 0.15, 0, 1)
+        patchy = 0.85 + 0.15 * _smooth_noise(rng, size, 20)
+        crescent = _soft(disc, 1 + width, 0.05) * _soft(-toward_macula, 0.0, 0.15) * patchy
+        image = _blend(image, rng.uniform(0.35, 0.6) * crescent, image * [1.08, 1.25, 1.3] + [0.05, 0.07, 0.05])
+    # nerve fibres shine above and below the disc, and light scatters out of it
+    shine = np.exp(-((toward_macula / 0.6) ** 2)) * np.exp(-np.maximum(disc - 1, 0) / 0.8)
+    image = image * (1 + rng.uniform(0.0, 0.14) * shine + 0.10 * np.exp(-np.maximum(disc - 1, 0) / 0.25))[..., None]
+
+    # the rim keeps some of the fundus's red; it is paler toward the macula, where fewer fibres cross it
+    tone, tint = rng.uniform(0.90, 1.05), rng.normal(0, 0.015, 3)
+    rim = tone * (np.array([0.90, 0.58, 0.33]) + tint)
+    rim = rim * (1 + (0.05 * toward_macula * disc + 0.03 * _smooth_noise(rng, size, 12))[..., None])
+    image = _blend(image, rng.uniform(0.75, 0.95) * _soft(disc, 1.0, rng.uniform(0.08, 0.20)), rim)
+    pale = tone * (np.array([0.97, 0.80, 0.58]) + tint)
+    depth = _soft(cup, 1.0, rng.uniform(0.15, 0.40)) * (1 - 0.25 * np.minimum(cup, 1) ** 2)
+    image = _blend(image, rng.uniform(0.4, 0.9) * depth, pale * (1 + 0.03 * _smooth_noise(rng, size, 28))[..., None])
+
+    # blood takes green and blue most; vessels lie deeper, so fainter, inside the cup
+    to_image = turn * radii
+    for kind_tint, wide in (([0.80, 0.50, 0.48], 0.80), ([0.62, 0.34, 0.40], 1.0)):  # arteries below, veins above
+        hub = cup_at + ratio * np.array([-side * rng.uniform(0.1, 0.5), rng.uniform(-0.2, 0.2)])
+        frame = (centre + to_image @ hub, centre + to_image @ cup_at, ratio * to_image)
+        paths = grow_vessels(rng, *frame, side, wide * rng.uniform(0.85, 1.15))
+        ink = draw_vessels(paths, size) * (1 - 0.35 * _soft(cup, 0.9, 0.08)) * rng.uniform(0.65, 0.9)
+        image = _blend(image, ink, image * kind_tint)
+    return np.clip(image, 0, 1).astype(np.float32), mask
+
+
+def _background(rng: np.random.Generator, size: int, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the retina without disc and vessels: pigment colour, texture and slow illumination, (size, size, 3)."""
+    pigment = rng.uniform(0, 1)  # 0 blond, 1 dark
+    colour = (1 - pigment) * np.array([0.78, 0.42, 0.22]) + pigment * np.array([0.56, 0.25, 0.11])
+    colour = colour * rng.normal(1, 0.04, 3)
+    mottle = sum(a * _smooth_noise(rng, size, c) for a, c in ((0.06, 3), (0.04, 7), (0.025, 18), (0.03, 44)))
+    # choroidal vessels shine through as a faint net of ridges, more in some eyes than in others
+    net = rng.uniform(0.0, 0.10) * (0.5 - np.abs(_smooth_noise(rng, size, 11)))
+    angle, slope = rng.uniform(0, 2 * np.pi), rng.uniform(0.05, 0.30)
+    light = 1 + slope * (np.cos(angle) * x + np.sin(angle) * y) - rng.uniform(0.0, 0.35) * (x**2 + y**2)
+    texture = (mottle + net)[..., None] * np.array([0.8, 1.25, 1.1])  # red light hides texture, green shows it
+    return colour * (1 + texture) * light[..., None]
+
+
+def _soft(distance: np.ndarray, edge: float | np.ndarray, width: float) -> np.ndarray:
+    """Return about 1 where `distance` is under `edge` and 0 beyond, passing one half exactly at the edge."""
+    return 1 / (1 + np.exp(np.clip(4 * (distance - edge) / width, -60, 60)))
+
+
+def _blend(under: np.ndarray, opacity: np.ndarray, over: np.ndarray) -> np.ndarray:
+    """Lay the colours `over` on the image `under` with an opacity map (H, W) in [0, 1]."""
+    return under + opacity[..., None] * (over - under)
+
+
+def _wobble(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, strength: float) -> np.ndarray:
+    """Return the relative radius of an almost round outline in the direction of every pixel."""
+    angle, phases = np.arctan2(v, u), rng.uniform(0, 2 * np.pi, 3)
+    return 1 + strength * sum(np.sin(k * angle + p) / (k - 1) for k, p in zip((2, 3, 4), phases, strict=True))
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
+    """Return noise (size, size) of about unit deviation, with `cells` independent patches along the side."""
+    weights = _spline_weights(size, cells)
+    return 2 * weights @ rng.standard_normal((cells + 3, cells + 3)) @ weights.T
+
+
+@lru_cache(maxsize=64)
+def _spline_weights(size: int, cells: int) -> np.ndarray:
+    """Return cubic B-spline weights (size, cells + 3): the grid is tied to the eye, not to the pixels."""
+    at = (np.arange(size) + 0.5) / size * cells
+    d = np.abs(at[:, None] + 1 - np.arange(cells + 3)[None])
+    return np.where(d < 1, 2 / 3 - d**2 + d**3 / 2, np.where(d < 2, (2 - d) ** 3 / 6, 0.0))

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one interface behind which every test-time adaptation method stands."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from torch import Tensor, nn
+
+from .image_checks import check_image
+
+__all__ = ["AdaptationMethod"]
+
+STATE_VERSION = 1
+
+
+class AdaptationMethod(nn.Module, ABC):
+    """A segmentation network with test-time adaptation, called like the network itself.
+
+    A call adapts to each image of the batch in turn and returns its logits. It works inside ``torch.no_grad()``,
+    ``torch.inference_mode()`` and autocast (it computes in float32), keeps the meta data of a ``MetaTensor``, and
+    leaves the adaptation state as it was if anything fails.
+
+    Args:
+        network: the source network; it is frozen (no parameter requires a gradient) and put in evaluation mode.
+
+    Raises:
+        TypeError: for a TorchScript network, whose layers cannot be reached.
+
+    Attributes:
+        network: the frozen source network.
+        images_seen: images adapted to since the start of the stream; it seeds what is random.
+        last: for each image of the latest call, a dict of plain values: what was done and what it cost.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.images_seen = 0
+        self.last: list[dict[str, Any]] = []
+        self.bind(network)
+
+    def bind(self, network: nn.Module) -> None:
+        """Work on ``network`` from now on, with the adaptation state kept (a server may copy or reload its network)."""
+        if isinstance(network, torch.jit.ScriptModule):
+            raise TypeError(
+                "a TorchScript network cannot be adapted, its layers cannot be reached: load the Python network and "
+                "its weights instead (in a bundle: network_def and models/model.pt)"
+            )
+        if isinstance(network, AdaptationMethod):
+            raise TypeError(f"{type(network).__name__} already adapts: give {type(self).__name__} its plain network")
+        self.network = network.eval().requires_grad_(False)
+        self._bound()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Adapt to each image, then predict it.
+
+        Args:
+            image: (B, C, \\*spatial), finite and not constant; a batch gives what its images one by one would.
+
+        Returns:
+            Logits (B, K, \\*spatial), detached, a MetaTensor if the input is one.
+
+        Raises:
+            ValueError: for an image that cannot be adapted to; the adaptation state is then unchanged.
+        """
+        plain = image.as_tensor() if isinstance(image, MetaTensor) else image
+        check_image(plain)
+        self.last, records = [], []
+        before = self.adaptation_state()
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                torch.autocast(device_type=plain.device.type, enabled=False),
+            ):
+                self.network.eval()
+                outputs = []
+                # a clone, since a tensor made under inference_mode cannot take part in a backward pass
+                for one in plain.detach().clone().float().split(1):
+                    logits, record = self._adapt_and_predict(one)
+                    if not torch.isfinite(logits).all():
+                        raise ValueError("the prediction is not finite: check the network's weights")
+                    outputs.append(logits.detach())
+                    records.append({"index": self.images_seen, **record})
+                    self.images_seen += 1
+        except BaseException:
+            self.load_adaptation_state(before)
+            raise
+        self.last = records
+        result = torch.cat(outputs)
+        if isinstance(image, MetaTensor):
+            result = MetaTensor(result).copy_meta_from(image, keys=image.__dict__.keys())
+        return result
+
+    def train(self, mode: bool = True) -> AdaptationMethod:
+        """Set the flag that MONAI's engines set; the network stays in evaluation mode whatever it is."""
+        super().train(mode)
+        self.network.eval()
+        return self
+
+    def reset(self) -> None:
+        """Forget the stream: the next image is the first one again."""
+        self.images_seen = 0
+        self.last = []
+        self._reset()
+
+    def adaptation_state(self) -> dict[str, Any]:
+        """Return what lasts from image to image: a dict of tensors (copies, on the CPU) and plain types, no network."""
+        return {
+            "version": STATE_VERSION,
+            "method": type(self).__name__,
+            "images_seen": self.images_seen,
+            **self._state(),
+        }
+
+    def load_adaptation_state(self, state: dict[str, Any]) -> None:
+        """Take up a stream where it was left.
+
+        Args:
+            state: a result of :meth:`adaptation_state`, from this method with the same settings.
+
+        Raises:
+            ValueError: if the state does not fit, naming what differs; nothing is changed then.
+        """
+        missing = sorted({"version", "method", "images_seen", *self._state()} - set(state))
+        if missing:
+            raise ValueError(f"the adaptation state lacks {', '.join(missing)}: it was not written by this method")
+        for key, expected in (("version", STATE_VERSION), ("method", type(self).__name__)):
+            if state[key] != expected:
+                raise ValueError(f"the adaptation state has {key} {state[key]!r}, this needs {expected!r}")
+        self._load_state(state)
+        self.images_seen = int(state["images_seen"])
+
+    @abstractmethod
+    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Adapt to one image (1, C, \\*spatial); return its logits and the record of what was done."""
+
+    def _bound(self) -> None:  # noqa: B027 - a method without layers of its own has nothing to do
+        """Take up the new ``self.network``."""
+
+    def _reset(self) -> None:  # noqa: B027 - a method without state has nothing to do
+        """Forget what the method keeps between images."""
+
+    def _state(self) -> dict[str, Any]:
+        """Return what the method keeps between images."""
+        return {}
+
+    def _load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - as above
+        """Take over what ``_state`` returned; raise ValueError without changing anything if it does not fit."""

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MGIPT: the paper's overview figure as code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from monai.transforms import Randomizable
+from torch import Tensor, nn
+
+from mgipt_monai.networks.alignment import AlignedNorms
+from mgipt_monai.networks.early_stop import Head, check_head, consistency_score
+from mgipt_monai.networks.ensemble import ConfidenceEnsemble
+from mgipt_monai.networks.global_prompts import GlobalPrompts
+from mgipt_monai.networks.instance_prompt import InstancePrompt
+from mgipt_monai.networks.jitter import PhotometricJitter
+
+from .base import AdaptationMethod
+
+__all__ = ["MGIPT"]
+
+Tuning = Literal["instance", "calibrated", "source", "released"]
+
+
+class MGIPT(AdaptationMethod):
+    """Multi-scale Global-Instance Prompt Tuning (arXiv 2602.05937) around a frozen segmentation network.
+
+    For each image, the global prompts take one step, an instance prompt is learnt from scratch and grown while growing
+    helps, and the four prompted views are predicted and fused. Only the global prompts last: a few hundred numbers,
+    nothing of an image. Cost with the default sizes: 42 to 58 F (F is one forward of the network; a backward to the
+    prompts counts as one more).
+
+    Args:
+        network: any network with batch norm that stores its statistics; frozen, in evaluation mode.
+        instance_prompt: AIP (Eq. 3 and 4); None builds one from ``lr``, ``steps`` and ``instance_sizes``.
+        global_prompts: MGP (Eq. 5); None builds them from ``lr`` and ``global_sizes``.
+        ensemble: fuses the predictions (Eq. 7); None takes the published factors.
+        jitter: the view of the consistency check: a callable from image to image (1, C, \\*spatial). A MONAI
+            ``Randomizable`` is seeded with (seed, image index) for each image. None takes :class:`PhotometricJitter`.
+        aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
+        source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
+        tuning: how the network normalises while prompts are tuned. ``instance`` is the paper's; ``released`` is
+            ``instance`` for the first image of a stream and ``calibrated`` from then on.
+        head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
+        seed: seeds the jitter.
+        lr: learning rate of both prompts (0.05; 0.01 for polyps).
+        steps: steps per size of the instance prompt (7; 6 for polyps).
+        instance_sizes: sides of the instance prompt (1, 3, 5); empty leaves it out.
+        global_sizes: sides of the global prompts (3, 5, 7); empty leaves them out.
+
+    Raises:
+        ValueError: at construction, for a setting out of range, or a network without usable norm layers.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> mgipt = MGIPT(network, steps=2)
+        >>> logits = mgipt(torch.rand(1, 3, 32, 32))
+        >>> logits.shape, mgipt.last[0]["instance_size"] in (1, 3, 5)
+        (torch.Size([1, 2, 32, 32]), True)
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        instance_prompt: InstancePrompt | None = None,
+        global_prompts: GlobalPrompts | None = None,
+        ensemble: ConfidenceEnsemble | None = None,
+        jitter: Callable[[Tensor], Tensor] | None = None,
+        *,
+        aligned_layers: str | None = None,
+        source_weight: float = 0.8,
+        tuning: Tuning = "instance",
+        head: Head = "sigmoid",
+        seed: int = 0,
+        lr: float | None = None,
+        steps: int | None = None,
+        instance_sizes: Sequence[int] | None = None,
+        global_sizes: Sequence[int] | None = None,
+    ) -> None:
+        if tuning not in get_args(Tuning):
+            raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}; got {tuning!r}")
+        check_head(head)
+        self.aligned_layers, self.source_weight = aligned_layers, source_weight
+        super().__init__(network)
+        self.tuning, self.head, self.seed = tuning, head, seed
+        self.instance_prompt = _build(
+            InstancePrompt, instance_prompt, shared={"lr": lr}, own={"steps": steps, "sizes": instance_sizes}
+        )
+        self.global_prompts = _build(GlobalPrompts, global_prompts, shared={"lr": lr}, own={"sizes": global_sizes})
+        if not self.instance_prompt.sizes and not self.global_prompts.sizes:
+            raise ValueError("instance_sizes and global_sizes are both empty: nothing would be adapted; use Source")
+        self.ensemble = ConfidenceEnsemble() if ensemble is None else ensemble
+        self.jitter = PhotometricJitter() if jitter is None else jitter
+
+    @classmethod
+    def released(
+        cls,
+        network: nn.Module,
+        *,
+        jitter: Callable[[Tensor], Tensor] | None = None,
+        lr: float = 0.05,
+        steps: int = 7,
+        instance_sizes: Sequence[int] = (1, 3, 5),
+        global_sizes: Sequence[int] = (3, 5, 7),
+        **settings: Any,
+    ) -> MGIPT:
+        """Build the method with every choice as in the released code, optic disc/cup setting.
+
+        For polyps (352 x 352): ``lr=0.01, steps=6, global_sizes=(1, 2, 3)`` and the encoder's name pattern as
+        ``aligned_layers``. Other settings as for the class.
+        """
+        return cls(
+            network,
+            InstancePrompt(instance_sizes, steps=steps, lr=lr),
+            GlobalPrompts(global_sizes, lr=lr, centred=False),
+            ConfidenceEnsemble(one_channel="constant"),
+            jitter,
+            tuning="released",
+            **settings,
+        )
+
+    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        self.norms.forwards = self.norms.backwards = 0
+        if isinstance(self.jitter, Randomizable):
+            seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
+            self.jitter.set_random_state(seed=int(seed))
+
+        global_losses = self.global_prompts.step(image, self._loss)
+        tuning = self.instance_prompt.tune(image, self._loss, lambda prompt: self._consistency(image, prompt))
+
+        with torch.no_grad():
+            views = [self.instance_prompt(image)] if self.instance_prompt.sizes else []
+            logits = self.norms.predict(torch.cat([*views, self.global_prompts(image)]), "calibrated")
+            fused = self.ensemble(logits, has_instance=bool(views))
+
+        return fused, {
+            "instance_size": tuning.size,
+            # the loss that the chosen size's last step started from: one after it would cost a forward
+            "loss_before": float(global_losses.mean()) if not tuning.losses else min(tuning.losses.items())[1][0],
+            "loss_after": tuning.losses[tuning.size][-1] if tuning.losses else None,
+            "global_losses": global_losses.tolist(),
+            "consistency": tuning.consistency,
+            "forwards": self.norms.forwards,
+            "backwards": self.norms.backwards,
+        }
+
+    def _tuning_normalization(self) -> str:
+        if self.tuning == "released":
+            return "instance" if self.images_seen == 0 else "calibrated"
+        return self.tuning
+
+    def _loss(self, prompted: Tensor) -> Tensor:
+        self.norms.backwards += len(prompted)
+        return self.norms.loss(prompted, self._tuning_normalization())
+
+    def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
+        normalization = self._tuning_normalization() if self.tuning == "released" else "calibrated"
+        with torch.no_grad():
+            views = torch.cat([prompt(image), prompt(self.jitter(image))])
+            logits, jittered_logits = self.norms.predict(views, normalization).split(1)
+            return consistency_score(logits, jittered_logits, self.head)
+
+    def _bound(self) -> None:
+        self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight)
+
+    def _reset(self) -> None:
+        self.instance_prompt.reset()
+        self.global_prompts.reset()
+
+    def _state(self) -> dict[str, Any]:
+        return self.global_prompts.adaptation_state()
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.global_prompts.load_adaptation_state(state)
+
+
+def _build(kind: type, given: nn.Module | None, shared: dict[str, Any], own: dict[str, Any]) -> nn.Module:
+    """Build an injector from the settings that are not None, unless one is given."""
+    settings = {name: value for name, value in {**shared, **own}.items() if value is not None}
+    if given is None:
+        return kind(**settings)
+    if settings:
+        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not beside it")
+    return given

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No adaptation: what every method must be better than."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .base import AdaptationMethod
+
+__all__ = ["Source"]
+
+
+class Source(AdaptationMethod):
+    """The source network as it is, behind the interface of the adaptation methods.
+
+    Adapts nothing, keeps nothing between images, costs one forward per image.
+
+    Args:
+        network: the source network.
+
+    Example:
+        >>> source = Source(torch.nn.Conv2d(3, 2, 1))
+        >>> source(torch.rand(1, 3, 8, 8)).shape
+        torch.Size([1, 2, 8, 8])
+    """
+
+    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict]:
+        with torch.no_grad():
+            return self.network(image), {"forwards": 1, "backwards": 0}

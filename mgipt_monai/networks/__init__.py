@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of the method as networks: each is usable alone, and as a ``_target_`` of a MONAI config."""
+
+from __future__ import annotations
+
+from .alignment import AlignedNorms, alignment_loss
+from .calibration import calibrate, instance_statistics, normalize
+from .early_stop import consistency_score, got_worse
+from .ensemble import ConfidenceEnsemble
+from .frequency_prompt import FrequencyPrompt, LowFrequencies
+from .global_prompts import GlobalPrompts
+from .instance_prompt import InstancePrompt, InstanceTuning
+from .jitter import PhotometricJitter
+
+__all__ = [
+    "AlignedNorms",
+    "ConfidenceEnsemble",
+    "FrequencyPrompt",
+    "GlobalPrompts",
+    "InstancePrompt",
+    "InstanceTuning",
+    "LowFrequencies",
+    "PhotometricJitter",
+    "alignment_loss",
+    "calibrate",
+    "consistency_score",
+    "got_worse",
+    "instance_statistics",
+    "normalize",
+]

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Alignment (Eq. 2): a frozen network whose norm layers measure how far an image is from the source.
+
+:class:`AlignedNorms` puts its own forward over the chosen norm layers while it is attached. Classes, weights, buffers
+and state-dict keys stay as they are, and ``detach`` leaves no trace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from .calibration import Normalization, calibrate, check_normalization, instance_statistics, normalize
+
+__all__ = ["AlignedNorms", "alignment_loss"]
+
+
+def alignment_loss(mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> Tensor:
+    """Distance of a layer's input statistics from the source's (Eq. 2).
+
+    Args:
+        mean: (B, C).
+        std: (B, C).
+        source_mean: (C,).
+        source_std: (C,).
+
+    Returns:
+        One loss per sample (B,): mean over the channels of the absolute differences of mean and of deviation.
+    """
+    return (mean - source_mean).abs().mean(dim=1) + (std - source_std).abs().mean(dim=1)
+
+
+def find_norm_layers(network: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
+    """Find the layers that can be aligned: batch norms with stored statistics.
+
+    Args:
+        network: any network.
+        pattern: regular expression that a layer's dotted name must contain; None takes all.
+
+    Returns:
+        Name to layer, in the network's order.
+
+    Raises:
+        ValueError: if the network has no such layer, or none with a matching name.
+    """
+    usable = {
+        name: layer
+        for name, layer in network.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+    }
+    if not usable:
+        others = Counter(type(m).__name__ for m in network.modules() if isinstance(m, (_NormBase, nn.GroupNorm)))
+        found = ", ".join(f"{n} x {name}" for name, n in others.items()) or "no norm layer at all"
+        raise ValueError(
+            f"{type(network).__name__} has no batch norm with stored source statistics to align with (found {found}): "
+            "use a network with batch norm (norm='batch', track_running_stats=True)"
+        )
+    chosen = {name: layer for name, layer in usable.items() if pattern is None or re.search(pattern, name)}
+    if not chosen:
+        raise ValueError(f"aligned_layers={pattern!r} matches no batch norm; there are: {', '.join(usable)}")
+    return chosen
+
+
+class _AlignedForward:
+    """What one norm layer does while it is attached. A bound method of it survives deepcopy and pickle."""
+
+    def __init__(self, norms: AlignedNorms, layer: nn.Module) -> None:
+        self.norms = norms
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        norms, layer = self.norms, self.layer
+        if norms.normalization == "source" and norms.losses is None:
+            return type(layer).forward(layer, x)
+        source_mean, source_std = layer.running_mean, layer.running_var.sqrt()
+        mean, std = instance_statistics(x)
+        if norms.losses is not None:
+            norms.losses.append(alignment_loss(mean, std, source_mean, source_std))
+        if norms.normalization == "source":
+            return type(layer).forward(layer, x)
+        variance = std.square()
+        if norms.normalization == "calibrated":
+            mean, variance = calibrate(mean, std, source_mean, source_std, norms.source_weight)
+        return normalize(x, mean, variance, layer)
+
+
+class AlignedNorms:
+    """The norm layers of a frozen network, able to normalise in three ways and to measure the alignment loss.
+
+    Args:
+        network: a network with batch norm; it is not changed until :meth:`attach`.
+        layers: regular expression on the dotted names of the layers to align; None aligns all. The others keep
+            normalising with their stored statistics and add nothing to the loss.
+        source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
+
+    Raises:
+        ValueError: if no layer can be aligned, or ``source_weight`` is outside [0, 1].
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+        >>> norms = AlignedNorms(network)
+        >>> image = torch.rand(2, 3, 16, 16)
+        >>> norms.loss(image).shape, norms.predict(image, "calibrated").shape
+        (torch.Size([2]), torch.Size([2, 4, 14, 14]))
+    """
+
+    def __init__(self, network: nn.Module, layers: str | None = None, source_weight: float = 0.8) -> None:
+        if not 0 <= source_weight <= 1:
+            raise ValueError(f"source_weight must be in [0, 1], got {source_weight}")
+        self.network = network
+        self.layers = find_norm_layers(network, layers)
+        self.source_weight = source_weight
+        self.normalization: Normalization = "source"
+        self.losses: list[Tensor] | None = None
+        self.forwards = 0
+
+    def attach(self) -> None:
+        """Put the aligned forward over the chosen layers. They act as before until a normalisation is chosen."""
+        for layer in self.layers.values():
+            layer.forward = _AlignedForward(self, layer).forward
+
+    def detach(self) -> None:
+        """Give the layers their own forward back; without effect where nothing is attached."""
+        for layer in self.layers.values():
+            layer.__dict__.pop("forward", None)
+
+    @contextmanager
+    def _using(self, normalization: Normalization, losses: list[Tensor] | None) -> Iterator[None]:
+        check_normalization("normalization", normalization)
+        self.attach()
+        self.normalization, self.losses = normalization, losses
+        try:
+            yield
+        finally:
+            self.normalization, self.losses = "source", None
+            self.detach()
+
+    def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
+        """Run the network, one forward per image: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
+        with self._using(normalization, None):
+            self.forwards += len(images)
+            return self.network(images)
+
+    def loss(self, images: Tensor, normalization: Normalization = "instance") -> Tensor:
+        """Run the network for its alignment loss L (Eq. 2), the mean over the aligned layers.
+
+        Args:
+            images: (B, C, \\*spatial).
+            normalization: how the layers normalise meanwhile.
+
+        Returns:
+            One loss per image (B,), differentiable with respect to the images.
+        """
+        losses: list[Tensor] = []
+        with self._using(normalization, losses):
+            self.forwards += len(images)
+            self.network(images)
+        return torch.stack(losses).mean(dim=0)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-frequency amplitude prompts (Eq. 1), exact and without a full Fourier transform.
+
+A prompt multiplies the amplitudes of an image's ``side ** d`` lowest frequencies and keeps their phases. Since a real
+factor on the amplitude is the same factor on the complex coefficient, the prompted image is the image plus the inverse
+transform of ``(prompt - 1) * coefficients``: one thin matrix product per axis.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrequencyPrompt", "LowFrequencies"]
+
+
+@lru_cache(maxsize=256)
+def _dft_rows(size: int, side: int, centred: bool, device: torch.device) -> Tensor:
+    """Return the ``side`` lowest rows of the DFT matrix of ``size`` points, complex64, shape (side, size)."""
+    first = -(side // 2) if centred else -((side + 1) // 2)
+    frequencies = torch.arange(first, first + side, dtype=torch.int64)
+    # the exponent is reduced modulo the size in integers, so that large images lose no precision
+    turns = (frequencies[:, None] * torch.arange(size)[None, :]) % size
+    angle = turns.double() * (-2 * math.pi / size)
+    # a tensor made under inference_mode could never take part in a backward pass
+    with torch.inference_mode(False):
+        return torch.complex(angle.cos(), angle.sin()).to(torch.complex64).to(device)
+
+
+class LowFrequencies:
+    """The lowest frequencies of a batch of images, computed once, ready to take any number of prompts.
+
+    Args:
+        image: float tensor (B, C, \\*spatial), any number of spatial axes, any value range.
+        side: how many frequencies per spatial axis; at most the shortest spatial side.
+        centred: whether the block is centred on the zero frequency (``-(side // 2) .. side - 1 - side // 2``) or, as
+            the released code's global prompts, one step lower (an odd side only; an even side is the same in both).
+
+    Raises:
+        ValueError: if the image is smaller than the prompt.
+
+    Example:
+        >>> image = torch.rand(1, 3, 32, 48)
+        >>> low = LowFrequencies(image, side=5)
+        >>> torch.equal(low.apply(torch.ones(1, 3, 5, 5)), image)
+        True
+    """
+
+    def __init__(self, image: Tensor, side: int, centred: bool = True) -> None:
+        spatial = image.shape[2:]
+        if side > min(spatial):
+            raise ValueError(
+                f"an image of {'x'.join(map(str, spatial))} is smaller than a prompt of side {side}: "
+                "use a larger image or smaller prompt sizes"
+            )
+        self.image = image
+        self.rows = [_dft_rows(n, side, centred, image.device) for n in spatial]
+        coefficients = image.to(torch.complex64)
+        for axis, rows in enumerate(self.rows, start=2):
+            coefficients = torch.tensordot(coefficients, rows, dims=([axis], [1])).movedim(-1, axis)
+        self.coefficients = coefficients / math.prod(spatial)
+
+    def apply(self, prompt: Tensor) -> Tensor:
+        """Multiply the amplitudes of the low frequencies.
+
+        Args:
+            prompt: real multipliers (N, C, side, ...), with N the number of images, or any N for a single image; the
+                zero frequency stands in the middle (index ``side // 2`` of each axis if centred).
+
+        Returns:
+            Prompted images (N, C, \\*spatial), differentiable with respect to the prompt.
+        """
+        change = (prompt - 1) * self.coefficients
+        for axis, rows in enumerate(self.rows[:-1], start=2):
+            change = torch.tensordot(change, rows.conj(), dims=([axis], [0])).movedim(-1, axis)
+        last = self.rows[-1]
+        # only the real part is wanted, so the last and largest product is done in real numbers
+        real = torch.cat([change.real, change.imag], dim=-1) @ torch.cat([last.real, last.imag], dim=0)
+        return self.image + real
+
+
+class FrequencyPrompt(nn.Module):
+    """A trainable low-frequency amplitude prompt for images of any size (Eq. 1).
+
+    Args:
+        spatial_dims: number of spatial axes.
+        in_channels: channels of the image.
+        side: frequencies per spatial axis, so the prompt has ``in_channels * side ** spatial_dims`` numbers.
+        centred: see :class:`LowFrequencies`.
+
+    Raises:
+        ValueError: if a count is below one.
+
+    Example:
+        >>> prompt = FrequencyPrompt(spatial_dims=2, in_channels=3, side=5)
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> torch.equal(prompt(image), image)  # all ones change nothing
+        True
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, side: int, centred: bool = True) -> None:
+        super().__init__()
+        for name, value in (("spatial_dims", spatial_dims), ("in_channels", in_channels), ("side", side)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.side = side
+        self.centred = centred
+        self.amplitude = nn.Parameter(torch.ones(1, in_channels, *[side] * spatial_dims))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the prompted image, same shape as ``image`` (B, C, \\*spatial)."""
+        return LowFrequencies(image, self.side, self.centred).apply(self.amplitude)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both prompt injectors share: the gradient of a prompt, and the checks of their settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def loss_gradient(
+    loss: Callable[[Tensor], Tensor], prompted: Tensor, prompts: Tensor | Sequence[Tensor]
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+    """Return the per-image losses of prompted images and their gradient with respect to the prompts alone.
+
+    Raises:
+        FloatingPointError: if a loss or a gradient is not finite.
+    """
+    losses = loss(prompted)
+    gradients = torch.autograd.grad(losses.sum(), prompts)
+    if not all(torch.isfinite(value).all() for value in (losses, *gradients)):
+        raise FloatingPointError("the alignment loss or its gradient is not finite: check the image and the network")
+    return losses.detach(), gradients if len(gradients) > 1 or not isinstance(prompts, Tensor) else gradients[0]
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes as a tuple; raise ValueError unless they are whole numbers from 1, each once."""
+    if any(not isinstance(size, int) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+        raise ValueError(f"{name} must be different whole numbers from 1, got {tuple(sizes)}")
+    return tuple(sizes)
+
+
+def check_step(lr: float, betas: Sequence[float]) -> None:
+    """Raise ValueError unless the learning rate is positive and Adam's betas are in [0, 1)."""
+    if not lr > 0:
+        raise ValueError(f"lr must be above 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
