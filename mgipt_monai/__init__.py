@@ -1,1 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Continual test-time adaptation for medical image segmentation in MONAI: MGIPT and what surrounds it."""
 
+from __future__ import annotations
+
+from . import data, handlers, methods, networks
+from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
+from .handlers import TestTimeAdaptationHandler
+from .inferers import AdaptiveInferer
+from .methods import MGIPT, AdaptationMethod, Source
+from .records import RecordFile
+from .state_file import load_state, save_state
+from .summary import StreamSummary
+from .weights import load_source_weights
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MGIPT",
+    "AdaptationEvents",
+    "AdaptationMethod",
+    "AdaptiveInferer",
+    "RecordFile",
+    "Source",
+    "StreamFailedError",
+    "StreamSummary",
+    "StreamingAdaptationEvaluator",
+    "TestTimeAdaptationHandler",
+    "data",
+    "handlers",
+    "load_source_weights",
+    "load_state",
+    "methods",
+    "networks",
+    "save_state",
+]

@@ -1,1 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streams of images: where they come from, how they are read, and how masks are written back."""
 
+from __future__ import annotations
+
+from .cameras import CAMERAS, Camera
+from .save_mask import SaveMaskd
+from .stream_dataset import StreamDataset
+from .streams import find_stream
+from .transforms import CheckImaged, LabelToChannelsd
+
+__all__ = ["CAMERAS", "Camera", "CheckImaged", "LabelToChannelsd", "SaveMaskd", "StreamDataset", "find_stream"]

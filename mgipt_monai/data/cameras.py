@@ -146,8 +146,8 @@ CAMERAS: dict[str, Camera] = {
     camera.name: camera
     for camera in (
         Camera("source", gain=(1.0, 0.98, 0.95), vignetting=0.06, blur=0.004, noise=0.010),
-        Camera("low_contrast", gain=(0.95, 1.0, 1.02), gamma=0.80, contrast=0.65, offset=0.06, blur=0.007, noise=0.012),
-        Camera("warm_vignetted", gain=(1.08, 0.80, 0.55), gamma=1.25, vignetting=0.45, blur=0.005, noise=0.012),
-        Camera("cold_noisy", gain=(0.72, 0.95, 1.25), gamma=1.15, contrast=0.9, vignetting=0.15, blur=0.003, noise=0.03),
+        Camera("low_contrast", (0.84, 0.95, 0.96), 0.75, contrast=0.5, offset=0.05, vignetting=0.1, blur=0.007, noise=0.012),
+        Camera("warm_vignetted", gain=(1.05, 0.88, 0.74), gamma=1.15, vignetting=0.40, blur=0.005, noise=0.012),
+        Camera("cold_noisy", gain=(0.82, 0.96, 1.15), gamma=1.10, contrast=0.95, vignetting=0.15, noise=0.025),
     )
 }

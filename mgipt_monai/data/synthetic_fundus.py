@@ -60,23 +60,23 @@ def fundus_scene(seed: int, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
 
     image = _background(rng, size, x, y)
     toward_macula = side * u / np.maximum(np.hypot(u, v), 1e-6)
-    if rng.random() < 0.4:  # peripapillary atrophy: a pale crescent, mostly on the macular side
+    if rng.random() < 0.45:  # peripapillary atrophy: a pale crescent, mostly on the macular side
         width = rng.uniform(0.15, 0.4) * np.clip(toward_macula + 0.15, 0, 1)
         patchy = 0.85 + 0.15 * _smooth_noise(rng, size, 20)
         crescent = _soft(disc, 1 + width, 0.05) * _soft(-toward_macula, 0.0, 0.15) * patchy
-        image = _blend(image, rng.uniform(0.35, 0.6) * crescent, image * [1.08, 1.25, 1.3] + [0.05, 0.07, 0.05])
+        image = _blend(image, rng.uniform(0.35, 0.8) * crescent, image * [1.08, 1.25, 1.3] + [0.05, 0.07, 0.05])
     # nerve fibres shine above and below the disc, and light scatters out of it
     shine = np.exp(-((toward_macula / 0.6) ** 2)) * np.exp(-np.maximum(disc - 1, 0) / 0.8)
     image = image * (1 + rng.uniform(0.0, 0.14) * shine + 0.10 * np.exp(-np.maximum(disc - 1, 0) / 0.25))[..., None]
 
     # the rim keeps some of the fundus's red; it is paler toward the macula, where fewer fibres cross it
-    tone, tint = rng.uniform(0.90, 1.05), rng.normal(0, 0.015, 3)
+    tone, tint = rng.uniform(0.92, 1.05), rng.normal(0, 0.015, 3)
     rim = tone * (np.array([0.90, 0.58, 0.33]) + tint)
-    rim = rim * (1 + (0.05 * toward_macula * disc + 0.03 * _smooth_noise(rng, size, 12))[..., None])
-    image = _blend(image, rng.uniform(0.75, 0.95) * _soft(disc, 1.0, rng.uniform(0.08, 0.20)), rim)
+    rim = rim * (1 + (0.08 * toward_macula * disc + 0.03 * _smooth_noise(rng, size, 12))[..., None])
+    image = _blend(image, rng.uniform(0.75, 0.95) * _soft(disc, 1.0, rng.uniform(0.08, 0.25)), rim)
     pale = tone * (np.array([0.97, 0.80, 0.58]) + tint)
-    depth = _soft(cup, 1.0, rng.uniform(0.15, 0.40)) * (1 - 0.25 * np.minimum(cup, 1) ** 2)
-    image = _blend(image, rng.uniform(0.4, 0.9) * depth, pale * (1 + 0.03 * _smooth_noise(rng, size, 28))[..., None])
+    depth = _soft(cup, 1.0, rng.uniform(0.15, 0.5)) * (1 - 0.25 * np.minimum(cup, 1) ** 2)
+    image = _blend(image, rng.uniform(0.35, 0.85) * depth, pale * (1 + 0.03 * _smooth_noise(rng, size, 28))[..., None])
 
     # blood takes green and blue most; vessels lie deeper, so fainter, inside the cup
     to_image = turn * radii

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a predicted mask in the geometry of its input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform, SaveImage
+
+from mgipt_monai.state_file import atomic_path
+
+from .streams import stem
+
+__all__ = ["SaveMaskd"]
+
+
+class SaveMaskd(MapTransform):
+    """Save masks as one image each: PNG for photographs, NIfTI (same affine) for NIfTI.
+
+    The file is ``<output_dir>/<name><ending>`` with the item's ``name`` (see :func:`mgipt_monai.find_stream`), or the
+    input's own name. It is written whole or not at all. The mask must be in the input's geometry already (``Invertd``).
+
+    Args:
+        keys: masks of 0 and 1, one channel per structure (C, \\*spatial).
+        output_dir: folder to write to; it must be possible to write there.
+        values: the value that each channel's structure gets; a later channel is drawn over an earlier one.
+
+    Raises:
+        OSError: at construction, if the folder cannot be made or written to.
+        ValueError: when called, if there are not as many channels as values.
+    """
+
+    def __init__(self, keys: KeysCollection, output_dir: str | os.PathLike, values: Sequence[int] = (1,)) -> None:
+        super().__init__(keys)
+        self.output_dir = Path(output_dir)
+        self.values = values
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with atomic_path(self.output_dir / "write_test") as part:
+                part.touch()
+        except OSError as error:
+            raise OSError(
+                f"cannot write to the output folder {self.output_dir} ({error.strerror}): choose another output_dir"
+            ) from error
+        (self.output_dir / "write_test").unlink(missing_ok=True)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Save each key's mask; the data pass unchanged."""
+        for key in self.keys:
+            source = str(data[key].meta["filename_or_obj"])
+            nifti = source.lower().endswith((".nii", ".nii.gz"))
+            path = self.output_dir / f"{data.get('name', stem(source))}{'.nii.gz' if nifti else '.png'}"
+            with atomic_path(path) as part:
+                ending = ".nii.gz" if nifti else ".png"
+                saver = SaveImage(
+                    output_ext=ending,
+                    writer="NibabelWriter" if nifti else "PILWriter",
+                    output_dtype=np.uint8,
+                    scale=None,
+                    resample=False,
+                    print_log=False,
+                )
+                saver(self._draw(data[key]), filename=str(part)[: -len(ending)])
+        return dict(data)
+
+    def _draw(self, mask: torch.Tensor) -> torch.Tensor:
+        if mask.shape[0] != len(self.values):
+            raise ValueError(f"the prediction has {mask.shape[0]} channels, mask_values has {len(self.values)}")
+        drawn = torch.zeros_like(mask[:1])
+        for channel, value in zip(mask, self.values, strict=True):
+            drawn[0][channel > 0] = value
+        return drawn

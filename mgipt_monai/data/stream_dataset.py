@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set whose bad items come out as failures instead of ending the run."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from monai.data import Dataset
+
+__all__ = ["FAILURE", "StreamDataset"]
+
+FAILURE = "failure"
+
+
+class StreamDataset(Dataset):
+    """A MONAI ``Dataset`` for streams: an item that cannot be read comes out as ``{"name", "site", "failure"}``.
+
+    ``failure`` says which file and what to do. :class:`mgipt_monai.StreamingAdaptationEvaluator` records it and goes
+    on. Constructed like ``monai.data.Dataset``, from the items of :func:`mgipt_monai.find_stream`.
+
+    Example:
+        >>> dataset = StreamDataset([{"image": "absent.png", "site": "A", "name": "A/absent"}])
+        >>> dataset[0]["failure"]
+        'image file absent.png does not exist'
+    """
+
+    def _transform(self, index: int) -> Any:
+        item = self.data[index]
+        try:
+            for key in ("image", "label"):
+                if key in item and not os.path.exists(item[key]):
+                    raise FileNotFoundError(f"{key} file {item[key]} does not exist")
+                if key in item and os.path.getsize(item[key]) == 0:
+                    raise ValueError(f"{key} file {item[key]} is empty: copy it again or leave it out")
+            return super()._transform(index)
+        except Exception as error:
+            return {"name": item.get("name", ""), "site": item.get("site", ""), FAILURE: explain(error, item)}
+
+
+def explain(error: BaseException, item: dict[str, Any]) -> str:
+    """Return the first cause's own words, with the file's name in them."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    if "cannot find a suitable reader" in text:
+        text = "cannot be read as an image: copy it again, or convert it to PNG or NIfTI"
+    named = any(str(item.get(key)) in text for key in ("image", "label"))
+    return text if named else f"{item.get('image')}: {text}"

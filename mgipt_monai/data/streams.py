@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the images of a stream: in a folder, by a glob pattern, or in a MONAI datalist."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.data import load_decathlon_datalist
+
+__all__ = ["IMAGE_ENDINGS", "find_stream"]
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz")
+IMAGES, MASKS = "images", "masks"
+
+
+def find_stream(
+    source: str | os.PathLike,
+    sites: Sequence[str] | None = None,
+    labelled: bool = False,
+    limit: int | None = None,
+    datalist_key: str = "testing",
+) -> list[dict[str, Any]]:
+    """List the images of a stream in the order they will come.
+
+    A folder may hold images, or ``images/`` with ``masks/`` beside it, or one such folder per site. An image and its
+    mask share their name (the ending may differ). Images are sorted by name within a site.
+
+    Args:
+        source: a folder, an image file, a glob pattern, or a datalist: a JSON file in MONAI's form whose items have
+            ``image``, and optionally ``label`` and ``site``; its order is kept.
+        sites: the sites to take, in this order; None takes all, folders in alphabetical order.
+        labelled: whether each image needs a mask. A missing one is found when the image's turn comes.
+        limit: at most so many images of each site; None takes all.
+        datalist_key: the list's key in a datalist.
+
+    Returns:
+        Items with ``image``, ``site``, ``name`` (path of the output without its ending) and, if labelled, ``label``.
+
+    Raises:
+        FileNotFoundError: if there is no such source, no image in it, or a wanted site is absent.
+        ValueError: if two images would give one output name.
+
+    Example:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> (root / "clinic" / "images").mkdir(parents=True)
+        >>> (root / "clinic" / "images" / "eye.png").touch()
+        >>> item = find_stream(root)[0]
+        >>> item["site"], item["name"]
+        ('clinic', 'clinic/eye')
+    """
+    source = os.fspath(source)
+    if source.endswith(".json"):
+        items = _from_datalist(source, datalist_key)
+    elif os.path.isdir(source):
+        items = _from_folder(Path(source), labelled)
+    else:
+        found = sorted(p for p in glob.glob(source, recursive=True) if p.lower().endswith(IMAGE_ENDINGS))
+        items = [_item(Path(path), site="", labelled=labelled) for path in found]
+    if not items:
+        endings = " ".join(IMAGE_ENDINGS)
+        raise FileNotFoundError(
+            f"no image found at {source!r}: give a folder, a glob pattern or a datalist of images ({endings})"
+        )
+    if sites is not None:
+        absent = [site for site in sites if site not in {item["site"] for item in items}]
+        if absent:
+            known = ", ".join(dict.fromkeys(item["site"] for item in items))
+            raise FileNotFoundError(f"no image of site {', '.join(absent)} at {source!r}: the sites there are {known}")
+        items = [item for site in sites for item in items if item["site"] == site]
+    if limit is not None:
+        by_site = {site: [item for item in items if item["site"] == site] for site in {i["site"] for i in items}}
+        items = [item for item in items if item in by_site[item["site"]][:limit]]
+    _check_names(items)
+    return items
+
+
+def _from_datalist(path: str, key: str) -> list[dict[str, Any]]:
+    items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key)
+    return [{"site": "", "name": os.path.join(i.get("site", ""), stem(i["image"])), **i} for i in items]
+
+
+def _from_folder(root: Path, labelled: bool) -> list[dict[str, Any]]:
+    if _images_of(root):
+        return [_item(path, "", labelled) for path in _images_of(root)]
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    return [_item(path, folder.name, labelled) for folder in folders for path in _images_of(folder)]
+
+
+def _images_of(folder: Path) -> list[Path]:
+    folder = folder / IMAGES if (folder / IMAGES).is_dir() else folder
+    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(IMAGE_ENDINGS))
+
+
+def _item(image: Path, site: str, labelled: bool) -> dict[str, Any]:
+    item = {"image": str(image), "site": site, "name": os.path.join(site, stem(image))}
+    if labelled:
+        masks = image.parent.parent / MASKS if image.parent.name == IMAGES else image.parent / MASKS
+        same = masks / image.name
+        others = [] if same.exists() else [masks / f"{stem(image)}{ending}" for ending in IMAGE_ENDINGS]
+        item["label"] = str(next((path for path in others if path.exists()), same))
+    return item
+
+
+def stem(path: str | os.PathLike) -> str:
+    """Return a file's name without its ending (``.nii.gz`` is one ending)."""
+    name = os.path.basename(path)
+    return next(
+        (name[: -len(ending)] for ending in (".nii.gz", *IMAGE_ENDINGS) if name.lower().endswith(ending)), name
+    )
+
+
+def _check_names(items: list[dict[str, Any]]) -> None:
+    first: dict[str, str] = {}
+    for item in items:
+        other = first.setdefault(item["name"], item["image"])
+        if other != item["image"]:
+            raise ValueError(
+                f"{other} and {item['image']} would both be written as {item['name']}: rename one, or put them into "
+                "two site folders"
+            )

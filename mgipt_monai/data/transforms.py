@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MONAI transforms of the bundle that MONAI itself does not have."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.config import KeysCollection
+from monai.transforms import MapTransform
+from torch import Tensor
+
+from mgipt_monai.methods.image_checks import check_image
+
+__all__ = ["CheckImaged", "LabelToChannelsd"]
+
+
+class CheckImaged(MapTransform):
+    """Refuse an image that cannot be adapted to, in words that say what to do. The image passes unchanged.
+
+    Args:
+        keys: images (C, \\*spatial).
+        channels: the number of channels that the network takes.
+        spatial_dims: the number of spatial axes that it takes.
+
+    Raises:
+        ValueError: when called, for another number of channels or axes, NaN or infinite values, a constant image.
+
+    Example:
+        >>> CheckImaged("image", channels=3)({"image": torch.rand(3, 8, 8)})["image"].shape
+        torch.Size([3, 8, 8])
+    """
+
+    def __init__(self, keys: KeysCollection, channels: int, spatial_dims: int = 2) -> None:
+        super().__init__(keys)
+        self.channels = channels
+        self.spatial_dims = spatial_dims
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check each key's image."""
+        for key in self.keys:
+            image = data[key]
+            if image.shape[0] != self.channels:
+                raise ValueError(
+                    f"{image.shape[0]} channels where the network takes {self.channels}: convert the file, or set "
+                    f"color_mode (RGB for 3 channels, L for 1) to convert on reading"
+                )
+            if image.ndim - 1 != self.spatial_dims:
+                raise ValueError(
+                    f"{image.ndim - 1} spatial dimensions where the network takes {self.spatial_dims}: "
+                    "give it images of that dimension"
+                )
+            check_image(torch.as_tensor(image)[None])
+        return dict(data)
+
+
+class LabelToChannelsd(MapTransform):
+    """Turn a mask of grey values into one channel of 0 and 1 per structure.
+
+    Args:
+        keys: masks (1, \\*spatial).
+        ranges: per structure the lowest and highest value that belong to it; structures may overlap (a cup is part of
+            its disc).
+        background: the values that belong to none.
+
+    Raises:
+        ValueError: when called, for a mask with several channels or with values that are neither.
+
+    Example:
+        >>> coded = {"label": torch.tensor([[[0, 1, 2]]])}
+        >>> LabelToChannelsd("label", ranges=[[1, 2], [2, 2]])(coded)["label"].tolist()
+        [[[0.0, 1.0, 1.0]], [[0.0, 0.0, 1.0]]]
+    """
+
+    def __init__(
+        self, keys: KeysCollection, ranges: Sequence[Sequence[float]], background: Sequence[float] = (0,)
+    ) -> None:
+        super().__init__(keys)
+        self.ranges = ranges
+        self.background = background
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Convert each key's mask."""
+        result = dict(data)
+        for key in self.keys:
+            result[key] = self._convert(data[key])
+        return result
+
+    def _convert(self, mask: Tensor) -> Tensor:
+        if mask.shape[0] != 1:
+            raise ValueError(f"the mask has {mask.shape[0]} channels: save it as one channel of grey values")
+        channels = torch.cat([(mask >= low) & (mask <= high) for low, high in self.ranges])
+        known = channels.any(dim=0) | torch.isin(mask[0], torch.as_tensor(self.background, dtype=mask.dtype))
+        if not known.all():
+            values = torch.unique(mask[0][~known])[:5].tolist()
+            raise ValueError(
+                f"the mask has values {values} outside the ranges {self.ranges} and the background {self.background}: "
+                "set mask_ranges and mask_background to its coding"
+            )
+        return channels.float()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluator for streams: images one by one, in order, from site after site."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from ignite.engine import EventEnum, Events
+from ignite.handlers.tqdm_logger import ProgressBar
+from monai.data import DataLoader
+from monai.engines import SupervisedEvaluator
+from monai.inferers import Inferer
+from monai.metrics import CumulativeIterationMetric
+from monai.utils import CommonKeys
+from torch import nn
+
+from .data.stream_dataset import FAILURE
+from .state_file import atomic_path
+from .summary import StreamSummary
+
+__all__ = ["AdaptationEvents", "StreamFailedError", "StreamingAdaptationEvaluator"]
+
+logger = logging.getLogger(__name__)
+
+
+class AdaptationEvents(EventEnum):
+    """Events of :class:`StreamingAdaptationEvaluator` beside ignite's and MONAI's."""
+
+    IMAGE_FAILED = "image_failed"
+    """Takes the place of ``ITERATION_COMPLETED`` for an image that could not be processed."""
+
+
+class StreamFailedError(RuntimeError):
+    """Some images of a stream failed; the others are done and recorded."""
+
+
+class StreamingAdaptationEvaluator(SupervisedEvaluator):
+    """One pass over an ordered stream of sites, adapting to each image, with figures per site and overall.
+
+    A bad image (unreadable, NaN, wrong channels, missing mask, no place to write) is recorded as failed and leaves the
+    adaptation state bit-identical; the stream goes on, and ``run`` ends with a :class:`StreamFailedError` that names
+    the failed images. A progress bar shows the site, the mean DSC so far, the chosen size and images per second.
+
+    After each image ``state.record`` is its record: ``name``, ``site``, ``status``, ``seconds``, ``metrics`` where
+    there is a label, and what the method did. After ``run``, ``state.summary`` (a :class:`StreamSummary`) has the
+    figures and ``state.metrics`` the overall mean of each metric.
+
+    Args:
+        device: where to run.
+        val_data_loader: a DataLoader with batch size 1 that keeps the order, best over a :class:`StreamDataset`.
+        network: the source network.
+        inferer: an :class:`AdaptiveInferer`, or any inferer to run without adaptation.
+        image_metrics: name to MONAI metric (``reduction="none"``), computed per image where there is a label.
+        class_names: names of the prediction's channels; None numbers them.
+        stop_on_failure: whether the first failed image ends the run instead.
+        progress: whether to show the bar.
+        summary_path: JSON file for the figures at the end; None writes none.
+        kwargs: as for ``SupervisedEvaluator``.
+
+    Raises:
+        ValueError: at construction, for a loader whose batches hold several images.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        val_data_loader: DataLoader,
+        network: nn.Module,
+        inferer: Inferer | None = None,
+        image_metrics: Mapping[str, CumulativeIterationMetric] | None = None,
+        class_names: Sequence[str] | None = None,
+        stop_on_failure: bool = False,
+        progress: bool = True,
+        summary_path: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if getattr(val_data_loader, "batch_size", 1) != 1:
+            raise ValueError(
+                f"a stream's images come one by one: set batch_size=1, got {val_data_loader.batch_size}"
+            )
+        self.image_metrics = dict(image_metrics or {})
+        self.class_names = class_names
+        self.stop_on_failure = stop_on_failure
+        self.summary_path = summary_path
+        events = [*(kwargs.pop("event_names", None) or []), AdaptationEvents]
+        super().__init__(
+            device=device, val_data_loader=val_data_loader, network=network, inferer=inferer, event_names=events, **kwargs
+        )
+        self.state.record = {}
+        self.state.summary = StreamSummary()
+        if progress:
+            ProgressBar(persist=True, desc="stream").attach(self, output_transform=self._progress)
+
+    def run(self) -> None:
+        """Run the stream once.
+
+        Raises:
+            StreamFailedError: at the end, if images failed.
+        """
+        self.state.summary = StreamSummary()
+        self.failures: list[str] = []
+        super().run()
+        figures = self.state.summary.figures()
+        self.state.metrics.update({name: values["mean"] for name, values in figures["all"]["metrics"].items()})
+        if figures["all"]["images"]:
+            logger.info("stream of %d images done\n%s", figures["all"]["images"], self.state.summary.table())
+        if self.summary_path is not None:
+            with atomic_path(self.summary_path) as part:
+                part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        if self.failures:
+            count = len(self.failures) + figures["all"]["images"]
+            raise StreamFailedError(
+                f"{len(self.failures)} of {count} images failed, the others are done:\n  " + "\n  ".join(self.failures)
+            )
+
+    def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
+        method = getattr(self.inferer, "method", None)
+        before = None if method is None else method.adaptation_state()
+        start = time.perf_counter()
+        record = {key: _first(batchdata.get(key, "")) for key in ("name", "site")}
+        try:
+            if FAILURE in batchdata:
+                raise ValueError(_first(batchdata[FAILURE]))
+            output = super()._iteration(engine, batchdata)
+            record |= {"status": "ok", "metrics": self._measure(), **(method.last[0] if method is not None else {})}
+        except Exception as error:
+            if method is not None:
+                method.load_adaptation_state(before)
+            if self.stop_on_failure:
+                raise
+            record |= {"status": "failed", "reason": root_cause(error)}
+            self.failures.append(f"{record['name']}: {record['reason']}")
+            logger.error("%s failed: %s", record["name"], record["reason"])
+            output = None
+        engine.state.record = {**record, "seconds": time.perf_counter() - start}
+        engine.state.summary.add(engine.state.record)
+        return output
+
+    def _measure(self) -> dict[str, dict[str, float]]:
+        """Compute the per-image metrics of the (decollated, postprocessed) output, per class."""
+        (output,) = self.state.output
+        if output.get(CommonKeys.LABEL) is None:
+            return {}
+        values = {}
+        for name, metric in self.image_metrics.items():
+            scores = metric(y_pred=[output[CommonKeys.PRED]], y=[output[CommonKeys.LABEL]])[0].tolist()
+            # the buffer would grow with the stream; the summary keeps the figures
+            metric.reset()
+            values[name] = dict(zip(self.class_names or map(str, range(len(scores))), scores, strict=True))
+        return values
+
+    def _fire_event(self, event_name: Any, *args: Any, **kwargs: Any) -> None:
+        # a failed image has no output, so metrics and other handlers of an iteration's end must not see it
+        if event_name == Events.ITERATION_COMPLETED and self.state.record.get("status") == "failed":
+            event_name = AdaptationEvents.IMAGE_FAILED
+        super()._fire_event(event_name, *args, **kwargs)
+
+    def _progress(self, _output: Any) -> dict[str, Any]:
+        record, means = self.state.record, self.state.summary.figures()["all"]["metrics"]
+        shown = {"site": record["site"], **{name.upper(): values["mean"] for name, values in means.items()}}
+        if "instance_size" in record:
+            shown["size"] = record["instance_size"]
+        return shown | {"images/s": 1 / record["seconds"]}
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the first cause's own message: MONAI wraps errors in the names of the transforms they went through."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{error}" or type(error).__name__

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ignite handlers."""
+
+from __future__ import annotations
+
+from .test_time_adaptation import TestTimeAdaptationHandler
+
+__all__ = ["TestTimeAdaptationHandler"]

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Ignite handler that switches test-time adaptation on for an evaluator, and keeps its state and records."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import Any
+
+from ignite.engine import Engine, Events
+from monai.data import DataLoader
+from monai.inferers import SimpleInferer
+from torch.utils.data import SequentialSampler, Subset
+
+from mgipt_monai.engines import AdaptationEvents, root_cause
+from mgipt_monai.inferers import AdaptiveInferer
+from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.records import RecordFile
+from mgipt_monai.state_file import load_state, save_state
+
+__all__ = ["TestTimeAdaptationHandler"]
+
+logger = logging.getLogger(__name__)
+
+
+class TestTimeAdaptationHandler:
+    """Adapts any ``SupervisedEvaluator`` while it runs, and leaves it as it was.
+
+    While the evaluator runs its inferer is an :class:`AdaptiveInferer` with ``method``, which owns the update; the
+    handler restores the adaptation state before the first image, logs and records each image, and saves the state
+    after it and at the end, whatever ends the run.
+
+    Args:
+        method: the adaptation method; None takes the one of the evaluator's own ``AdaptiveInferer``.
+        state_path: file for the adaptation state and the place in the stream; None keeps no state.
+        record_path: JSON Lines file for the records, see :class:`mgipt_monai.RecordFile`; None writes none.
+        resume: go on with an interrupted stream where ``state_path`` says, giving what one go would have given. The
+            stream must be the same. False starts the stream, and its files, anew.
+        start_from: state file of an earlier stream whose adaptation this one continues; not with ``resume``.
+        save_every: images between two savings of the state.
+
+    Raises:
+        ValueError: at construction, for settings that exclude each other.
+
+    Example:
+        >>> import torch
+        >>> from monai.engines import SupervisedEvaluator
+        >>> from mgipt_monai import MGIPT
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 1, 1))
+        >>> evaluator = SupervisedEvaluator("cpu", [{"image": torch.rand(1, 1, 16, 16)}], network=network)
+        >>> TestTimeAdaptationHandler(MGIPT(network, steps=1)).attach(evaluator)
+        >>> evaluator.run()
+    """
+
+    __test__ = False  # its name begins like a test class, it is none
+
+    def __init__(
+        self,
+        method: AdaptationMethod | None = None,
+        state_path: str | os.PathLike | None = None,
+        record_path: str | os.PathLike | None = None,
+        resume: bool = False,
+        start_from: str | os.PathLike | None = None,
+        save_every: int = 1,
+    ) -> None:
+        if resume and state_path is None:
+            raise ValueError("resume needs state_path: the file that says where the stream stopped")
+        if resume and start_from is not None:
+            raise ValueError("resume goes on with this stream, start_from begins a new one: give one of them")
+        if save_every < 1:
+            raise ValueError(f"save_every must be at least 1, got {save_every}")
+        self.method, self.state_path, self.start_from = method, state_path, start_from
+        self.resume, self.save_every = resume, save_every
+        self._inferer = None
+        self.records = None if record_path is None else RecordFile(record_path)
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator.
+
+        Raises:
+            RuntimeError: if another adaptation handler is attached, or the evaluator adapts with another method.
+            TypeError: if the evaluator's inferer cannot be replaced, or no method is given anywhere.
+        """
+        if getattr(engine, "adaptation_handler", None) is not None:
+            raise RuntimeError("the evaluator has an adaptation handler: with two, each image would be adapted to twice")
+        # handlers given to an engine's constructor are attached before it has an inferer: then STARTED checks
+        if hasattr(engine, "inferer"):
+            self._agree_on_method(engine)
+        engine.adaptation_handler = self
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._tick)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self._image_done)
+        if AdaptationEvents.IMAGE_FAILED in engine._allowed_events:
+            engine.add_event_handler(AdaptationEvents.IMAGE_FAILED, self._image_done)
+        engine.add_event_handler(Events.COMPLETED, self._stop)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self._failed)
+
+    def _agree_on_method(self, engine: Engine) -> None:
+        own = engine.inferer.method if isinstance(engine.inferer, AdaptiveInferer) else None
+        if own is None and isinstance(engine.network, AdaptationMethod):
+            own = engine.network
+        if own is not None and self.method is not None and own is not self.method:
+            raise RuntimeError(
+                f"the evaluator adapts with its own {type(own).__name__}, the handler with another "
+                f"{type(self.method).__name__}: each image would be adapted to twice; give both the same object"
+            )
+        if own is None and not isinstance(engine.inferer, SimpleInferer):
+            raise TypeError(
+                f"adaptation takes the place of a SimpleInferer; this evaluator has a {type(engine.inferer).__name__}"
+            )
+        if own is None and self.method is None:
+            raise TypeError("no method to adapt with: give the handler one, such as MGIPT(network)")
+        self.method = own if own is not None else self.method
+
+    def _start(self, engine: Engine) -> None:
+        self._agree_on_method(engine)
+        position, rows = 0, []
+        if self.resume and os.path.exists(self.state_path):
+            state = load_state(self.state_path)
+            self.method.load_adaptation_state(state["adaptation"])
+            position = state["position"]
+            rows = [] if self.records is None else self.records.keep(position)
+            self._skip_done(engine, position, rows)
+        else:
+            if self.start_from is not None:
+                self.method.load_adaptation_state(load_state(self.start_from)["adaptation"])
+            if self.records is not None:
+                self.records.keep(0)
+        summary = getattr(engine.state, "summary", None)
+        for row in rows if summary is not None else []:
+            summary.add(row)
+        self._note(position)
+        self._inferer, engine.inferer = engine.inferer, AdaptiveInferer(self.method)
+
+    def _skip_done(self, engine: Engine, position: int, rows: list[dict[str, Any]]) -> None:
+        loader = engine.data_loader
+        if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
+            raise ValueError("resume needs a monai DataLoader that keeps the order of its dataset")
+        items = getattr(loader.dataset, "data", [])
+        for row, item in zip(rows, items, strict=False):
+            if isinstance(item, dict) and item.get("name", row["name"]) != row["name"]:
+                raise ValueError(f"the stream has changed since it was interrupted ({row['name']}): start it anew")
+        if position >= len(loader):
+            logger.info("all %d images of the stream are done", position)
+            engine.terminate()
+            return
+        first = position * loader.batch_size
+        engine.state.dataloader = DataLoader(
+            Subset(loader.dataset, range(first, len(loader.dataset))),
+            batch_size=loader.batch_size,
+            num_workers=loader.num_workers,
+            collate_fn=loader.collate_fn,
+        )
+        # ignite counts on from here, so that the pass ends, and the bar stands, where they should
+        engine.state.iteration = position
+        logger.info("resuming the stream at image %d", position + 1)
+
+    def _tick(self, _engine: Engine) -> None:
+        self._since = time.perf_counter()
+
+    def _image_done(self, engine: Engine) -> None:
+        record = getattr(engine.state, "record", None) or {
+            "status": "ok",
+            "images": self.method.last,
+            "seconds": time.perf_counter() - self._since,
+        }
+        logger.info("image %d: %s", engine.state.iteration, _in_words(record))
+        if self.records is not None:
+            self.records.append(record)
+        self._note(self._done["position"] + 1)
+        if self._done["position"] % self.save_every == 0:
+            self._save()
+
+    def _note(self, position: int) -> None:
+        """Remember where the stream stands after a whole image: the only thing that is ever saved."""
+        self._done = {"adaptation": self.method.adaptation_state(), "position": position}
+
+    def _save(self) -> None:
+        if self.state_path is not None:
+            save_state(self._done, self.state_path)
+
+    def _stop(self, engine: Engine) -> None:
+        self._save()
+        engine.inferer, self._inferer = self._inferer, None
+
+    def _failed(self, engine: Engine, error: BaseException) -> None:
+        if self._inferer is None:
+            raise error
+        logger.error("the stream stopped after %d images: %s", self._done["position"], root_cause(error))
+        # an image that was cut off half-way must leave no trace
+        self.method.load_adaptation_state(self._done["adaptation"])
+        self._stop(engine)
+        # ignite takes an exception as handled once a handler has seen it
+        raise error
+
+
+def _in_words(record: dict[str, Any]) -> str:
+    values = {**record, **(record.get("images") or [{}])[-1]}
+    words = [f"{values[key]}" for key in ("site", "name") if values.get(key)]
+    if record["status"] != "ok":
+        return " ".join([*words, "failed:", record["reason"]])
+    if values.get("instance_size"):
+        words.append(f"size {values['instance_size']}, loss {values['loss_before']:.4g} -> {values['loss_after']:.4g}")
+    cost = values.get("forwards", 0) + values.get("backwards", 0)
+    return ", ".join([" ".join(words[:2]), *words[2:], f"{cost} F", f"{record['seconds']:.2f} s"])

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-site and overall figures of a stream, made from its per-image records."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+__all__ = ["StreamSummary"]
+
+ALL = "all"
+
+
+class StreamSummary:
+    """Gathers the records of a stream and says how it went: site by site, in the order of their first image.
+
+    Example:
+        >>> summary = StreamSummary()
+        >>> for dsc in (0.75, 0.85):
+        ...     summary.add({"site": "A", "status": "ok", "seconds": 1.0, "metrics": {"dsc": {"disc": dsc}}})
+        >>> summary.figures()["A"]["metrics"]["dsc"]
+        {'disc': 0.8, 'mean': 0.8, 'worst_tenth': 0.75}
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Take one record (see :class:`mgipt_monai.RecordFile`); only its figures are kept."""
+        kept = {key: row.get(key) for key in ("status", "seconds", "metrics")}
+        self._rows.setdefault(row["site"], []).append(kept)
+
+    @property
+    def failed(self) -> int:
+        """Number of images that failed."""
+        return sum(row["status"] != "ok" for rows in self._rows.values() for row in rows)
+
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Return the figures per site, and for ``all`` images together.
+
+        Each has ``images``, ``failed``, ``seconds_per_image`` and ``metrics``: per metric the mean of each class, the
+        ``mean`` over images of an image's mean over classes, and ``worst_tenth``, the mean of the lowest tenth of the
+        images by it (one image at least). Values that are not a number (a class that is absent) are left out.
+        """
+        pooled = [row for rows in self._rows.values() for row in rows]
+        return {site: _figures(rows) for site, rows in {**self._rows, ALL: pooled}.items()}
+
+    def table(self, metric: str = "dsc") -> str:
+        """Return the figures of one metric as lines of text, in percent; without it the counts and times alone."""
+        figures = self.figures()
+        columns = list(next((f["metrics"][metric] for f in figures.values() if metric in f["metrics"]), {}))
+        lines = [["site", "images", "failed", *[c.replace("_", " ") for c in columns], "s/image"]]
+        for site, values in figures.items():
+            found = values["metrics"].get(metric, {})
+            numbers = [f"{100 * found[c]:.2f}" if c in found else "-" for c in columns]
+            seconds = "-" if values["seconds_per_image"] is None else f"{values['seconds_per_image']:.2f}"
+            lines.append([site, str(values["images"]), str(values["failed"]), *numbers, seconds])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+            for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+        )
+
+
+def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    done = [row for row in rows if row["status"] == "ok"]
+    by_class: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    means: dict[str, list[float]] = defaultdict(list)
+    for row in done:
+        for metric, classes in (row["metrics"] or {}).items():
+            values = {name: v for name, v in classes.items() if v is not None and not math.isnan(v)}
+            for name, value in values.items():
+                by_class[metric][name].append(value)
+            if values:
+                means[metric].append(float(np.mean(list(values.values()))))
+    metrics = {
+        metric: {
+            **{name: float(np.mean(values)) for name, values in by_class[metric].items()},
+            "mean": float(np.mean(values)),
+            "worst_tenth": float(np.mean(sorted(values)[: max(1, len(values) // 10)])),
+        }
+        for metric, values in means.items()
+    }
+    return {
+        "images": len(done),
+        "failed": len(rows) - len(done),
+        "seconds_per_image": float(np.mean([row["seconds"] for row in done])) if done else None,
+        "metrics": metrics,
+    }
