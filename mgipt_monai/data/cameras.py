@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from monai.networks.layers import gaussian_1d, separable_filtering
 
+_LIMITS = {"gamma": (0.1, 10.0), "contrast": (0.01, 10.0), "offset": (-1.0, 1.0)}
+_LIMITS |= {"vignetting": (0.0, 1.0), "blur": (0.0, 0.1), "noise": (0.0, 1.0)}
+_SPREAD = {"gamma": 0.05, "contrast": 0.03, "offset": 0.10, "vignetting": 0.10, "blur": 0.10, "noise": 0.10}
+
 
 @dataclass(frozen=True)
 class Camera:
@@ -24,8 +28,8 @@ class Camera:
         name: the camera's name; also the name of its site's folder.
         gain: factors on red, green and blue, each positive. An image of one channel takes their mean; one of any
             other number of channels takes them in turn.
-        gamma: exponent of the tone curve, positive; above 1 darkens.
-        contrast: factor on the distance from mid grey (0.5), positive; below 1 flattens.
+        gamma: exponent of the tone curve, in [0.1, 10]; above 1 darkens.
+        contrast: factor on the distance from mid grey (0.5), in [0.01, 10]; below 1 flattens.
         offset: light added everywhere, in [-1, 1]; above 0 is haze.
         vignetting: share of the light lost at the image's corners, in [0, 1].
         blur: deviation of the Gaussian blur as a share of the shorter image side, in [0, 0.1].
@@ -36,8 +40,10 @@ class Camera:
 
     Example:
         >>> dim = Camera("dim", gain=(0.8, 0.8, 0.8))
-        >>> dim(np.ones((2, 2, 3), dtype=np.float32), seed=0)[0, 0].round(2).tolist()
-        [0.800000011920929, 0.800000011920929, 0.800000011920929]
+        >>> round(float(dim(np.ones((2, 2, 3), dtype=np.float32), seed=0).max()), 3)
+        0.8
+        >>> dim.scaled(0.0) == Camera("dim")
+        True
     """
 
     name: str
@@ -52,17 +58,10 @@ class Camera:
     def __post_init__(self) -> None:
         """Check every setting; a camera that exists is usable."""
         if not self.name or self.name in {".", ".."} or any(c in self.name for c in "/\\"):
-            raise ValueError(f"camera name is {self.name!r}; give a non-empty name without slashes, as it names a folder")
+            raise ValueError(f"camera name is {self.name!r}; give one without slashes, as it names a folder")
         if len(self.gain) != 3 or not all(np.isfinite(g) and g > 0 for g in self.gain):
             raise ValueError(f"gain is {self.gain}; give three positive factors (red, green, blue), 1.0 for no change")
-        for key, low, high in (
-            ("gamma", 0.1, 10.0),
-            ("contrast", 0.01, 10.0),
-            ("offset", -1.0, 1.0),
-            ("vignetting", 0.0, 1.0),
-            ("blur", 0.0, 0.1),
-            ("noise", 0.0, 1.0),
-        ):
+        for key, (low, high) in _LIMITS.items():
             value = getattr(self, key)
             if not low <= value <= high:  # also refuses nan
                 raise ValueError(f"{key} is {value}; give a number from {low} to {high}")
@@ -81,10 +80,8 @@ class Camera:
             ValueError: if `image` does not have three axes or holds integers.
         """
         if image.ndim != 3 or not np.issubdtype(image.dtype, np.floating):
-            raise ValueError(
-                f"image is {image.dtype} of shape {image.shape}; give floats in [0, 1] of shape (H, W, C), "
-                "for instance image.astype('float32') / 255"
-            )
+            fix = "give floats in [0, 1] of shape (H, W, C), for instance image.astype('float32') / 255"
+            raise ValueError(f"image is {image.dtype} of shape {image.shape}; {fix}")
         height, width, channels = image.shape
         out = _blurred(np.clip(image, 0, 1).astype(np.float32), self.blur * min(height, width))
         out = out * self.contrast + (0.5 * (1 - self.contrast) + self.offset)
@@ -123,19 +120,17 @@ class Camera:
         Each of the eight numbers is multiplied by its own log-normal factor with a deviation of 3 % for `gain` and
         `contrast`, 5 % for `gamma` and 10 % for the rest, so that what is 0 stays 0.
         """
-        spread = dict(gamma=0.05, contrast=0.03, offset=0.10, vignetting=0.10, blur=0.10, noise=0.10)
         rng = np.random.default_rng(seed)
         gain = tuple(float(g * f) for g, f in zip(self.gain, np.exp(rng.normal(0, 0.03, 3)), strict=True))
-        varied = {key: float(getattr(self, key) * np.exp(rng.normal(0, share))) for key, share in spread.items()}
-        limits = dict(vignetting=1.0, blur=0.1, noise=1.0)
-        return replace(self, gain=gain, **{key: min(value, limits.get(key, value)) for key, value in varied.items()})
+        varied = {key: float(getattr(self, key) * np.exp(rng.normal(0, spread))) for key, spread in _SPREAD.items()}
+        return replace(self, gain=gain, **{key: float(np.clip(v, *_LIMITS[key])) for key, v in varied.items()})
 
 
 def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
     """Blur (H, W, C) with a Gaussian of `sigma` pixels, repeating the edge: zeros would darken the border."""
     if sigma < 1e-3:
         return image
-    kernel = gaussian_1d(torch.tensor(sigma), truncated=4.0)
+    kernel = gaussian_1d(torch.tensor(sigma), truncated=4.0, normalize=True)
     planes = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))[None]
     return separable_filtering(planes, [kernel, kernel], mode="replicate")[0].numpy().transpose(1, 2, 0)
 
@@ -146,7 +141,9 @@ CAMERAS: dict[str, Camera] = {
     camera.name: camera
     for camera in (
         Camera("source", gain=(1.0, 0.98, 0.95), vignetting=0.06, blur=0.004, noise=0.010),
-        Camera("low_contrast", (0.84, 0.95, 0.96), 0.75, contrast=0.5, offset=0.05, vignetting=0.1, blur=0.007, noise=0.012),
+        Camera(
+            "low_contrast", gain=(0.85, 0.95, 0.95), gamma=0.75, contrast=0.48, offset=0.05, blur=0.007, noise=0.012
+        ),
         Camera("warm_vignetted", gain=(1.05, 0.88, 0.74), gamma=1.15, vignetting=0.40, blur=0.005, noise=0.012),
         Camera("cold_noisy", gain=(0.82, 0.96, 1.15), gamma=1.10, contrast=0.95, vignetting=0.15, noise=0.025),
     )

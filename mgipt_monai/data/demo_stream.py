@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no camera is named {', '.join(map(repr, unknown))}; choose from {', '.join(CAMERAS)}")
     try:
         write_demo_stream(options.folder, [CAMERAS[n] for n in names], options.count, options.seed, options.size)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for name in names:
         print(f"{name}: {options.count} eyes in {Path(options.folder) / name}")

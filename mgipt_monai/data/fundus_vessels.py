@@ -73,7 +73,10 @@ def draw_vessels(vessels: list[Vessel], size: int) -> np.ndarray:
     pen = ImageDraw.Draw(canvas)
     for points, widths in vessels:
         places = (points + 0.5) * size * finer
-        for (x0, y0), (x1, y1), width in zip(places, places[1:], widths, strict=False):
+        outside = np.abs(points).max(axis=1) > 0.55
+        for (x0, y0), (x1, y1), width, unseen in zip(places, places[1:], widths, outside, strict=False):
+            if unseen:
+                continue
             pixels = max(width * size * finer, 1.0)
             ink = int(255 * min(1.0, 0.35 + width / 0.03))
             pen.line([x0, y0, x1, y1], fill=ink, width=round(pixels))

@@ -121,13 +121,17 @@ def _wobble(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, strength: fl
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
     """Return noise (size, size) of about unit deviation, with `cells` independent patches along the side."""
-    weights = _spline_weights(size, cells)
-    return 2 * weights @ rng.standard_normal((cells + 3, cells + 3)) @ weights.T
+    first, weights = _spline_weights(size, cells)
+    noise = rng.standard_normal((cells + 3, cells + 3))
+    for _ in range(2):  # along one axis, then the other; four taps, so no matrix library whose threads may round anew
+        noise = sum(w[:, None] * noise[first + k] for k, w in enumerate(weights)).T
+    return 2 * noise
 
 
 @lru_cache(maxsize=64)
-def _spline_weights(size: int, cells: int) -> np.ndarray:
-    """Return cubic B-spline weights (size, cells + 3): the grid is tied to the eye, not to the pixels."""
+def _spline_weights(size: int, cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return first taps (size,) and cubic B-spline weights (4, size): the grid is tied to the eye, not to pixels."""
     at = (np.arange(size) + 0.5) / size * cells
-    d = np.abs(at[:, None] + 1 - np.arange(cells + 3)[None])
-    return np.where(d < 1, 2 / 3 - d**2 + d**3 / 2, np.where(d < 2, (2 - d) ** 3 / 6, 0.0))
+    first = at.astype(int)
+    d = np.abs(at - first + 1 - np.arange(4)[:, None])
+    return first, np.where(d < 1, 2 / 3 - d**2 + d**3 / 2, (2 - d) ** 3 / 6)

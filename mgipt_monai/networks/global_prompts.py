@@ -18,7 +18,7 @@ class GlobalPrompts(nn.Module):
     """Students that take one Adam step per image, and teachers that follow them and are used to predict.
 
     Args:
-        sizes: side of each prompt, one student and one teacher per side.
+        sizes: side of each prompt, one student and one teacher per side; empty for none.
         lr: learning rate; the optimiser is fresh for each image, so a step is about ``lr`` in each number.
         betas: Adam's betas.
         teacher_decay: share of the old teacher kept at each image, in [0, 1); 0 makes the teachers the students.
@@ -69,6 +69,8 @@ class GlobalPrompts(nn.Module):
             The students' losses before the step, one per size.
         """
         self._start(image)
+        if not self.sizes:
+            return image.new_zeros(0)
         students = [student.clone().requires_grad_() for student in self.students]
         losses, gradients = loss_gradient(loss, self._apply(image, students), students)
         for student, gradient in zip(students, gradients, strict=True):
@@ -110,6 +112,8 @@ class GlobalPrompts(nn.Module):
         if not self.students:
             self.students = [torch.ones(1, channels, *[size] * dims, device=image.device) for size in self.sizes]
             self.teachers = [student.clone() for student in self.students]
+        if not self.sizes:
+            return
         if self.students[0].shape[1] != channels or self.students[0].ndim != image.ndim:
             raise ValueError(
                 f"the stream's images have {self.students[0].shape[1]} channels and {self.students[0].ndim - 2} spatial "
@@ -120,4 +124,5 @@ class GlobalPrompts(nn.Module):
             self.teachers = [teacher.to(image.device) for teacher in self.teachers]
 
     def _apply(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([LowFrequencies(image, p.shape[-1], self.centred).apply(p) for p in prompts])
+        views = [LowFrequencies(image, p.shape[-1], self.centred).apply(p) for p in prompts]
+        return torch.cat(views) if views else image[:0]

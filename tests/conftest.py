@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small networks and images that many tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mgipt_monai import MGIPT
+
+torch.set_num_threads(2)
+
+
+def tiny_network(spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 2, seed: int = 0) -> nn.Module:
+    """Two convolutions with batch norm whose stored statistics are far from what random images give."""
+    torch.manual_seed(seed)
+    conv, norm = {
+        1: (nn.Conv1d, nn.BatchNorm1d),
+        2: (nn.Conv2d, nn.BatchNorm2d),
+        3: (nn.Conv3d, nn.BatchNorm3d),
+    }[spatial_dims]
+    network = nn.Sequential(
+        conv(in_channels, 6, 3, padding=1), norm(6), nn.ReLU(),
+        conv(6, 6, 3, padding=1), norm(6), nn.ReLU(), nn.Dropout(0.5),
+        conv(6, out_channels, 1),
+    )  # fmt: skip
+    for layer in (network[1], network[4]):
+        layer.running_mean.normal_(0, 0.3)
+        layer.running_var.uniform_(0.05, 0.5)
+    # a head whose channels are of either sign, so that masks are neither empty nor full
+    nn.init.normal_(network[-1].weight)
+    nn.init.zeros_(network[-1].bias)
+    network[-1].weight.data -= network[-1].weight.data.mean(dim=1, keepdim=True)
+    return network
+
+
+def stream(count: int, size: int = 24, channels: int = 3, dims: int = 2, seed: int = 0) -> list[torch.Tensor]:
+    """Smooth random images (1, channels, size, ...) in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[dims]
+    images = []
+    for _ in range(count):
+        coarse = torch.rand(1, channels, *[6] * dims, generator=generator)
+        fine = 0.1 * torch.rand(1, channels, *[size] * dims, generator=generator)
+        images.append((nn.functional.interpolate(coarse, size=[size] * dims, mode=mode) * 0.9 + fine).clamp(0, 1))
+    return images
+
+
+def snapshot(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all parameters and buffers."""
+    return {key: value.clone() for key, value in network.state_dict().items()}
+
+
+def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def same_state(one: dict, other: dict) -> bool:
+    """Whether two adaptation states are bit-identical."""
+    if one.keys() != other.keys():
+        return False
+    for key, value in one.items():
+        if isinstance(value, list):
+            if len(value) != len(other[key]) or not all(torch.equal(a, b) for a, b in zip(value, other[key], strict=True)):
+                return False
+        elif value != other[key]:
+            return False
+    return True
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    return tiny_network()
+
+
+@pytest.fixture
+def mgipt(network: nn.Module) -> MGIPT:
+    return MGIPT(network, steps=2)
+
+
+@pytest.fixture
+def images() -> list[torch.Tensor]:
+    return stream(4)
