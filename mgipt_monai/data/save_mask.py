@@ -30,14 +30,22 @@ class SaveMaskd(MapTransform):
         keys: masks of 0 and 1, one channel per structure (C, \\*spatial).
         output_dir: folder to write to; it must be possible to write there.
         values: the value that each channel's structure gets; a later channel is drawn over an earlier one.
+        reverse_indexing: whether photographs were read columns first, as MONAI's ``PILReader`` does by default.
 
     Raises:
         OSError: at construction, if the folder cannot be made or written to.
         ValueError: when called, if there are not as many channels as values.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str | os.PathLike, values: Sequence[int] = (1,)) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        output_dir: str | os.PathLike,
+        values: Sequence[int] = (1,),
+        reverse_indexing: bool = False,
+    ) -> None:
         super().__init__(keys)
+        self.reverse_indexing = reverse_indexing
         self.output_dir = Path(output_dir)
         self.values = values
         try:
@@ -66,6 +74,8 @@ class SaveMaskd(MapTransform):
                     resample=False,
                     print_log=False,
                 )
+                if not nifti:
+                    saver.set_options(write_kwargs={"reverse_indexing": self.reverse_indexing})
                 saver(self._draw(data[key]), filename=str(part)[: -len(ending)])
         return dict(data)
 
