@@ -139,7 +139,7 @@ class TestTimeAdaptationHandler:
             raise ValueError("resume needs a monai DataLoader that keeps the order of its dataset")
         items = getattr(loader.dataset, "data", [])
         for row, item in zip(rows, items, strict=False):
-            if isinstance(item, dict) and item.get("name", row["name"]) != row["name"]:
+            if isinstance(item, dict) and "name" in row and item.get("name") != row["name"]:
                 raise ValueError(f"the stream has changed since it was interrupted ({row['name']}): start it anew")
         if position >= len(loader):
             logger.info("all %d images of the stream are done", position)
