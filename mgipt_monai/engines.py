@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import torch
@@ -102,9 +102,14 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
 
         Raises:
             StreamFailedError: at the end, if images failed.
+            ValueError: if the stream is empty.
         """
+        if isinstance(self.data_loader, Sized):
+            # counted anew, since the data may have changed after construction
+            self.state.epoch_length = len(self.data_loader)
+            if self.state.epoch_length == 0:
+                raise ValueError("the stream has no images: give val_data_loader a data set with some")
         self.state.summary = StreamSummary()
-        self.failures: list[str] = []
         super().run()
         figures = self.state.summary.figures()
         self.state.metrics.update({name: values["mean"] for name, values in figures["all"]["metrics"].items()})
@@ -113,10 +118,11 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         if self.summary_path is not None:
             with atomic_path(self.summary_path) as part:
                 part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        if self.failures:
-            count = len(self.failures) + figures["all"]["images"]
+        failures = self.state.summary.failures
+        if failures:
+            count = len(failures) + figures["all"]["images"]
             raise StreamFailedError(
-                f"{len(self.failures)} of {count} images failed, the others are done:\n  " + "\n  ".join(self.failures)
+                f"{len(failures)} of {count} images failed, the others are done:\n  " + "\n  ".join(failures)
             )
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
@@ -135,7 +141,6 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             if self.stop_on_failure:
                 raise
             record |= {"status": "failed", "reason": root_cause(error)}
-            self.failures.append(f"{record['name']}: {record['reason']}")
             logger.error("%s failed: %s", record["name"], record["reason"])
             output = None
         engine.state.record = {**record, "seconds": time.perf_counter() - start}
@@ -147,9 +152,15 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         (output,) = self.state.output
         if output.get(CommonKeys.LABEL) is None:
             return {}
+        pred, label = output[CommonKeys.PRED], output[CommonKeys.LABEL]
+        if pred.shape != label.shape:
+            raise ValueError(
+                f"the mask is {tuple(label.shape)} where the prediction is {tuple(pred.shape)}: it must have the "
+                "image's size, and one channel per class"
+            )
         values = {}
         for name, metric in self.image_metrics.items():
-            scores = metric(y_pred=[output[CommonKeys.PRED]], y=[output[CommonKeys.LABEL]])[0].tolist()
+            scores = metric(y_pred=[pred], y=[label])[0].tolist()
             # the buffer would grow with the stream; the summary keeps the figures
             metric.reset()
             values[name] = dict(zip(self.class_names or map(str, range(len(scores))), scores, strict=True))

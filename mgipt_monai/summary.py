@@ -27,16 +27,15 @@ class StreamSummary:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[dict[str, Any]]] = {}
+        self.failures: list[str] = []
+        """Name and reason of each image that failed."""
 
     def add(self, row: dict[str, Any]) -> None:
         """Take one record (see :class:`mgipt_monai.RecordFile`); only its figures are kept."""
         kept = {key: row.get(key) for key in ("status", "seconds", "metrics")}
         self._rows.setdefault(row["site"], []).append(kept)
-
-    @property
-    def failed(self) -> int:
-        """Number of images that failed."""
-        return sum(row["status"] != "ok" for rows in self._rows.values() for row in rows)
+        if row["status"] != "ok":
+            self.failures.append(f"{row['name']}: {row['reason']}")
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Return the figures per site, and for ``all`` images together.
