@@ -9,7 +9,8 @@ from torch import nn
 
 from mgipt_monai import MGIPT
 
-torch.set_num_threads(2)
+# tiny tensors: more threads only get into each other's way
+torch.set_num_threads(1)
 
 
 def tiny_network(spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 2, seed: int = 0) -> nn.Module:

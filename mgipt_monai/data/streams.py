@@ -42,7 +42,7 @@ def find_stream(
 
     Raises:
         FileNotFoundError: if there is no such source, no image in it, or a wanted site is absent.
-        ValueError: if two images would give one output name.
+        ValueError: if two images would give one output name, or a datalist is not one or lacks a mask.
 
     Example:
         >>> import tempfile
@@ -55,7 +55,7 @@ def find_stream(
     """
     source = os.fspath(source)
     if source.endswith(".json"):
-        items = _from_datalist(source, datalist_key)
+        items = _from_datalist(source, datalist_key, labelled)
     elif os.path.isdir(source):
         items = _from_folder(Path(source), labelled)
     else:
@@ -79,8 +79,16 @@ def find_stream(
     return items
 
 
-def _from_datalist(path: str, key: str) -> list[dict[str, Any]]:
-    items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key)
+def _from_datalist(path: str, key: str, labelled: bool) -> list[dict[str, Any]]:
+    try:
+        items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(f'{path} is not a datalist {{"{key}": [{{"image": ...}}, ...]}}: {error}') from error
+    for item in items:
+        if labelled and "label" not in item:
+            raise ValueError(f"{item['image']} has no label in {path}: add its mask, or run without masks")
     return [{"site": "", "name": os.path.join(i.get("site", ""), stem(i["image"])), **i} for i in items]
 
 

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class _AlignedForward:
 
     def forward(self, x: Tensor) -> Tensor:
         norms, layer = self.norms, self.layer
-        if norms.normalization == "source" and norms.losses is None:
+        # without spatial axes there are no statistics of one sample
+        if x.ndim < 3 or (norms.normalization == "source" and norms.losses is None):
             return type(layer).forward(layer, x)
         source_mean, source_std = layer.running_mean, layer.running_var.sqrt()
         mean, std = instance_statistics(x)
@@ -119,27 +121,39 @@ class AlignedNorms:
         self.normalization: Normalization = "source"
         self.losses: list[Tensor] | None = None
         self.forwards = 0
+        self._covered: list[tuple[nn.Module, Any]] | None = None
 
     def attach(self) -> None:
-        """Put the aligned forward over the chosen layers. They act as before until a normalisation is chosen."""
+        """Put the aligned forward over the chosen layers (once). They act as before until a normalisation is chosen."""
+        if self._covered is not None:
+            return
+        self._covered = [(layer, layer.__dict__.get("forward")) for layer in self.layers.values()]
         for layer in self.layers.values():
             layer.forward = _AlignedForward(self, layer).forward
 
     def detach(self) -> None:
-        """Give the layers their own forward back; without effect where nothing is attached."""
-        for layer in self.layers.values():
-            layer.__dict__.pop("forward", None)
+        """Give the layers the forward back that they had; without effect where nothing is attached."""
+        for layer, forward in self._covered or []:
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+        self._covered = None
 
     @contextmanager
     def _using(self, normalization: Normalization, losses: list[Tensor] | None) -> Iterator[None]:
         check_normalization("normalization", normalization)
-        self.attach()
+        if self.network.training:
+            raise RuntimeError("the network is in training mode, it would change its own statistics: call eval() first")
+        was_attached = self._covered is not None
+        if not was_attached:
+            self.attach()
         self.normalization, self.losses = normalization, losses
         try:
             yield
         finally:
             self.normalization, self.losses = "source", None
-            self.detach()
+            if not was_attached:
+                self.detach()
 
     def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network, one forward per image: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
@@ -154,6 +168,9 @@ class AlignedNorms:
             images: (B, C, \\*spatial).
             normalization: how the layers normalise meanwhile.
 
+        Raises:
+            RuntimeError: if the network is in training mode, or no aligned layer takes part.
+
         Returns:
             One loss per image (B,), differentiable with respect to the images.
         """
@@ -161,4 +178,6 @@ class AlignedNorms:
         with self._using(normalization, losses):
             self.forwards += len(images)
             self.network(images)
+        if not losses:
+            raise RuntimeError(f"none of the aligned layers took part in the forward: {', '.join(self.layers)}")
         return torch.stack(losses).mean(dim=0)

@@ -28,6 +28,7 @@ def binarize(logits: Tensor, head: Head) -> Tensor:
     Raises:
         ValueError: for a softmax head with one channel.
     """
+    check_head(head)
     if head == "sigmoid":
         return (logits > 0).float()
     if logits.shape[1] < 2:

@@ -41,7 +41,7 @@ class ConfidenceEnsemble(nn.Module):
         one_channel: Literal["binary", "constant"] = "binary",
     ) -> None:
         super().__init__()
-        if instance_factor < 0 or global_factor < 0:
+        if not (instance_factor >= 0 and global_factor >= 0):
             raise ValueError(f"factors must not be negative, got {instance_factor} and {global_factor}")
         choices = get_args(Literal["binary", "constant"])
         if one_channel not in choices:
@@ -59,7 +59,7 @@ class ConfidenceEnsemble(nn.Module):
             Fused logits (1, K, \\*spatial).
         """
         confidence = self.confidence(logits)
-        factors = torch.full((len(logits),), self.global_factor, device=logits.device)
+        factors = torch.full((len(logits),), self.global_factor, dtype=logits.dtype, device=logits.device)
         if has_instance:
             factors[0] = self.instance_factor
         weights = confidence / confidence.sum(dim=0) * factors.view(-1, *[1] * (logits.ndim - 1))

@@ -72,7 +72,14 @@ class LowFrequencies:
 
         Returns:
             Prompted images (N, C, \\*spatial), differentiable with respect to the prompt.
+
+        Raises:
+            ValueError: if the prompt has other channels, sides or axes than the image's block.
         """
+        if prompt.shape[1:] != self.coefficients.shape[1:]:
+            raise ValueError(
+                f"a prompt of shape {tuple(prompt.shape)} does not fit an image of shape {tuple(self.image.shape)}"
+            )
         change = (prompt - 1) * self.coefficients
         for axis, rows in enumerate(self.rows[:-1], start=2):
             change = torch.tensordot(change, rows.conj(), dims=([axis], [0])).movedim(-1, axis)

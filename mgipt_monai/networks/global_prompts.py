@@ -104,6 +104,10 @@ class GlobalPrompts(nn.Module):
                 raise ValueError(f"the state's {role} are not finite")
         if len(state["students"]) != len(state["teachers"]):
             raise ValueError("the state has not as many teachers as students")
+        for prompt in (*state["students"], *state["teachers"]):
+            channels, dims = state["students"][0].shape[1], state["students"][0].ndim - 2
+            if prompt.shape != (1, channels, *[prompt.shape[-1]] * dims):
+                raise ValueError(f"the state's students and teachers are not of one stream: shape {tuple(prompt.shape)}")
         self.students = [p.detach().clone().float() for p in state["students"]]
         self.teachers = [p.detach().clone().float() for p in state["teachers"]]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +70,7 @@ class InstancePrompt(nn.Module):
         self.sizes = check_sizes("instance sizes", sizes)
         if any((large - small) % 2 or large <= small for small, large in zip(self.sizes, self.sizes[1:], strict=False)):
             raise ValueError(f"instance sizes must grow by an even number, so that they share a centre; got {sizes}")
-        if steps < 1:
+        if not isinstance(steps, Integral) or steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         check_step(lr, betas)
         self.steps, self.lr, self.betas, self.early_stop = steps, lr, tuple(betas), early_stop

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -26,14 +28,14 @@ def loss_gradient(
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
     """Return the sizes as a tuple; raise ValueError unless they are whole numbers from 1, each once."""
-    if any(not isinstance(size, int) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+    if any(not isinstance(size, Integral) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
         raise ValueError(f"{name} must be different whole numbers from 1, got {tuple(sizes)}")
-    return tuple(sizes)
+    return tuple(int(size) for size in sizes)
 
 
 def check_step(lr: float, betas: Sequence[float]) -> None:
     """Raise ValueError unless the learning rate is positive and Adam's betas are in [0, 1)."""
-    if not lr > 0:
+    if not 0 < lr < math.inf:
         raise ValueError(f"lr must be above 0, got {lr}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")

@@ -53,7 +53,6 @@ def test_factors_follow_the_settings() -> None:
     assert fused.flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.xfail(reason="a whole global_factor makes the factors integers and cuts instance_factor", strict=True)
 def test_whole_number_as_global_factor_keeps_the_instance_factor() -> None:
     torch.manual_seed(0)
     logits = torch.randn(3, 2, 1, 1)

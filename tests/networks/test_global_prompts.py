@@ -253,7 +253,6 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changes(
     assert same(state_of(prompts), before)
 
 
-@pytest.mark.xfail(reason="only the last side of each prompt is compared", strict=True)
 @pytest.mark.parametrize("shape", [(1, 1, 3, 3), (1, 2, 5, 3), (1, 2, 3), (1, 2, 3, 3, 3), (2, 2, 3, 3)])
 def test_state_with_prompts_of_different_shapes_is_refused(shape: tuple[int, ...]) -> None:
     prompts = GlobalPrompts((3,))

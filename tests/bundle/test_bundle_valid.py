@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bundle is what MONAI calls a valid, self-contained bundle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
+
+import mgipt_monai
+from mgipt_monai import MGIPT, AdaptiveInferer, StreamingAdaptationEvaluator, TestTimeAdaptationHandler
+from tests.bundle.conftest import BUNDLE, CONFIGS, ROOT
+
+SCHEMA = Path(__file__).parents[1] / "data" / "metadata_schema.json"
+
+
+def workflow(tmp_path: Path, dataset_dir: Path, **settings) -> ConfigWorkflow:
+    return ConfigWorkflow(
+        config_file=str(CONFIGS / "inference.yaml"),
+        meta_file=str(CONFIGS / "metadata.json"),
+        logging_file=str(CONFIGS / "logging.conf"),
+        workflow_type="infer",
+        bundle_root=str(BUNDLE),
+        dataset_dir=str(dataset_dir),
+        output_dir=str(tmp_path),
+        **settings,
+    )
+
+
+def test_check_properties_passes_and_the_entries_are_what_they_say(tmp_path: Path, demo_sites: Path) -> None:
+    flow = workflow(tmp_path, demo_sites)
+    flow.initialize()
+    assert not flow.check_properties()
+    assert isinstance(flow.evaluator, StreamingAdaptationEvaluator)
+    assert isinstance(flow.inferer, AdaptiveInferer)
+    assert isinstance(flow.parser.get_parsed_content("method"), MGIPT)
+    assert isinstance(flow.handlers[0], TestTimeAdaptationHandler)
+    assert flow.inferer.method.network is flow.evaluator.network
+    for part in ("instance_prompt", "global_prompts", "ensemble", "jitter"):
+        assert flow.parser.get_parsed_content(part) is getattr(flow.inferer.method, part)
+
+
+def test_config_defaults_are_the_methods_defaults(tmp_path: Path, demo_sites: Path) -> None:
+    flow = workflow(tmp_path, demo_sites)
+    flow.initialize()
+    configured, default = flow.inferer.method, MGIPT(flow.network_def)
+    for part in ("instance_prompt", "global_prompts", "ensemble", "jitter"):
+        ours, theirs = (
+            {k: v for k, v in vars(getattr(m, part)).items() if not k.startswith("_") and k != "R"}
+            for m in (configured, default)
+        )
+        assert ours == theirs
+    assert (configured.tuning, configured.source_weight, configured.head) == (
+        default.tuning,
+        default.source_weight,
+        default.head,
+    )
+
+
+def test_metadata_passes_the_schema() -> None:
+    # the schema file is at hand, so nothing is downloaded
+    verify_metadata(meta_file=str(CONFIGS / "metadata.json"), filepath=str(SCHEMA))
+
+
+def test_metadata_is_of_this_version() -> None:
+    metadata = json.loads((CONFIGS / "metadata.json").read_text())
+    assert metadata["version"] == mgipt_monai.__version__
+    assert metadata["version"] in metadata["changelog"]
+    assert metadata["required_packages_version"]["mgipt_monai"] == mgipt_monai.__version__
+
+
+def test_network_takes_and_gives_what_the_metadata_says() -> None:
+    verify_net_in_out(
+        net_id="network_def",
+        config_file=str(CONFIGS / "inference.yaml"),
+        meta_file=str(CONFIGS / "metadata.json"),
+        bundle_root=str(BUNDLE),
+        device="cpu",
+        n=4,
+    )
+
+
+def test_it_is_self_contained() -> None:
+    for name in ("LICENSE", "configs/metadata.json", "configs/logging.conf", "docs/README.md", "models/model.pt"):
+        assert (BUNDLE / name).is_file(), name
+    # MONAI Label loads the .pt of the shortest name in models/, so there is one alone
+    assert [path.name for path in (BUNDLE / "models").glob("*.pt")] == ["model.pt"]
+    assert (BUNDLE / "models" / "model.pt").stat().st_size < 5e6
+
+
+def test_shipped_weights_fit_the_network_strictly() -> None:
+    parser = ConfigParser()
+    parser.read_config(str(CONFIGS / "inference.yaml"))
+    parser["device"] = "cpu"
+    network = parser.get_parsed_content("network_def")
+    network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True), strict=True)
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("configs/**/*.yaml"), *CONFIGS.glob("*.yaml")]), ids=lambda p: p.name)
+def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
+    # MONAI takes unknown keys in silence, so that a typing error would have no effect
+    known = set(yaml.safe_load((CONFIGS / "inference.yaml").read_text()))
+    own = {"evaluate.yaml": {"mask_ranges", "mask_background", "metrics"}, "fundus_odoc.yaml": {"mask_coding"}}
+    allowed = known | own["evaluate.yaml"] | own.get(path.name, set())
+    if path.name == "train.yaml":
+        return
+    keys = {key.lstrip("+").split("#")[0] for key in yaml.safe_load(path.read_text())}
+    assert keys <= allowed
