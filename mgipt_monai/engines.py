@@ -81,16 +81,19 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         **kwargs: Any,
     ) -> None:
         if getattr(val_data_loader, "batch_size", 1) != 1:
-            raise ValueError(
-                f"a stream's images come one by one: set batch_size=1, got {val_data_loader.batch_size}"
-            )
+            raise ValueError(f"a stream's images come one by one: set batch_size=1, got {val_data_loader.batch_size}")
         self.image_metrics = dict(image_metrics or {})
         self.class_names = class_names
         self.stop_on_failure = stop_on_failure
         self.summary_path = summary_path
         events = [*(kwargs.pop("event_names", None) or []), AdaptationEvents]
         super().__init__(
-            device=device, val_data_loader=val_data_loader, network=network, inferer=inferer, event_names=events, **kwargs
+            device=device,
+            val_data_loader=val_data_loader,
+            network=network,
+            inferer=inferer,
+            event_names=events,
+            **kwargs,
         )
         self.state.record = {}
         self.state.summary = StreamSummary()

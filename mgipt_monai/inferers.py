@@ -34,9 +34,7 @@ class AdaptiveInferer(Inferer):
 
     def __init__(self, method: AdaptationMethod) -> None:
         if not isinstance(method, AdaptationMethod):
-            raise TypeError(
-                f"method must be an adaptation method such as MGIPT(network), got {type(method).__name__}"
-            )
+            raise TypeError(f"method must be an adaptation method such as MGIPT(network), got {type(method).__name__}")
         self.method = method
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

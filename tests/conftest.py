@@ -63,7 +63,9 @@ def same_state(one: dict, other: dict) -> bool:
         return False
     for key, value in one.items():
         if isinstance(value, list):
-            if len(value) != len(other[key]) or not all(torch.equal(a, b) for a, b in zip(value, other[key], strict=True)):
+            if len(value) != len(other[key]) or not all(
+                torch.equal(a, b) for a, b in zip(value, other[key], strict=True)
+            ):
                 return False
         elif value != other[key]:
             return False

@@ -111,7 +111,9 @@ def test_checkpoint_that_does_not_fit_is_named_with_the_keys_and_changes_nothing
     torch.save(state, tmp_path / "w.pt")
     network = tiny_network()
     before = snapshot(network)
-    with pytest.raises(ValueError, match=r"w.pt does not fit.*missing: 7.bias; unknown: extra.weight; .*shape: 0.weight"):
+    with pytest.raises(
+        ValueError, match=r"w.pt does not fit.*missing: 7.bias; unknown: extra.weight; .*shape: 0.weight"
+    ):
         load_source_weights(network, tmp_path / "w.pt")
     assert identical(before, snapshot(network))
 

@@ -50,9 +50,7 @@ def test_one_line_adapts_an_existing_evaluator_and_puts_it_back(network: nn.Modu
 
 
 def test_inferer_with_the_method_and_its_handler_adapt_once(mgipt: MGIPT) -> None:
-    engine = evaluator(
-        mgipt.network, inferer=AdaptiveInferer(mgipt), val_handlers=[TestTimeAdaptationHandler(mgipt)]
-    )
+    engine = evaluator(mgipt.network, inferer=AdaptiveInferer(mgipt), val_handlers=[TestTimeAdaptationHandler(mgipt)])
     engine.run()
     assert mgipt.images_seen == 3
 

@@ -117,9 +117,7 @@ def _item(image: Path, site: str, labelled: bool) -> dict[str, Any]:
 def stem(path: str | os.PathLike) -> str:
     """Return a file's name without its ending (``.nii.gz`` is one ending)."""
     name = os.path.basename(path)
-    return next(
-        (name[: -len(ending)] for ending in (".nii.gz", *IMAGE_ENDINGS) if name.lower().endswith(ending)), name
-    )
+    return next((name[: -len(ending)] for ending in (".nii.gz", *IMAGE_ENDINGS) if name.lower().endswith(ending)), name)
 
 
 def _check_names(items: list[dict[str, Any]]) -> None:

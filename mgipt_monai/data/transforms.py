@@ -41,6 +41,7 @@ class CheckImaged(MapTransform):
         """Check each key's image."""
         for key in self.keys:
             image = data[key]
+            check_image(torch.as_tensor(image)[None])
             if image.shape[0] != self.channels:
                 raise ValueError(
                     f"{image.shape[0]} channels where the network takes {self.channels}: convert the file, or set "
@@ -51,7 +52,6 @@ class CheckImaged(MapTransform):
                     f"{image.ndim - 1} spatial dimensions where the network takes {self.spatial_dims}: "
                     "give it images of that dimension"
                 )
-            check_image(torch.as_tensor(image)[None])
         return dict(data)
 
 

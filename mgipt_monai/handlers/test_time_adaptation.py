@@ -83,7 +83,9 @@ class TestTimeAdaptationHandler:
             TypeError: if the evaluator's inferer cannot be replaced, or no method is given anywhere.
         """
         if getattr(engine, "adaptation_handler", None) is not None:
-            raise RuntimeError("the evaluator has an adaptation handler: with two, each image would be adapted to twice")
+            raise RuntimeError(
+                "the evaluator has an adaptation handler: with two, each image would be adapted to twice"
+            )
         # handlers given to an engine's constructor are attached before it has an inferer: then STARTED checks
         if hasattr(engine, "inferer"):
             self._agree_on_method(engine)

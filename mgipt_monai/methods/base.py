@@ -138,15 +138,15 @@ class AdaptationMethod(nn.Module, ABC):
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Adapt to one image (1, C, \\*spatial); return its logits and the record of what was done."""
 
-    def _bound(self) -> None:  # noqa: B027 - a method without layers of its own has nothing to do
+    def _bound(self) -> None:
         """Take up the new ``self.network``."""
 
-    def _reset(self) -> None:  # noqa: B027 - a method without state has nothing to do
+    def _reset(self) -> None:
         """Forget what the method keeps between images."""
 
     def _state(self) -> dict[str, Any]:
         """Return what the method keeps between images."""
         return {}
 
-    def _load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - as above
+    def _load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``_state`` returned; raise ValueError without changing anything if it does not fit."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
 from monai.losses import DiceLoss
 from monai.networks.utils import one_hot
 from torch import Tensor

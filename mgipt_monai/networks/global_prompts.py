@@ -107,7 +107,9 @@ class GlobalPrompts(nn.Module):
         for prompt in (*state["students"], *state["teachers"]):
             channels, dims = state["students"][0].shape[1], state["students"][0].ndim - 2
             if prompt.shape != (1, channels, *[prompt.shape[-1]] * dims):
-                raise ValueError(f"the state's students and teachers are not of one stream: shape {tuple(prompt.shape)}")
+                raise ValueError(
+                    f"the state's students and teachers are not of one stream: shape {tuple(prompt.shape)}"
+                )
         self.students = [p.detach().clone().float() for p in state["students"]]
         self.teachers = [p.detach().clone().float() for p in state["teachers"]]
 

@@ -52,8 +52,20 @@ def test_inference_writes_a_mask_per_image_and_the_records(tmp_path: Path, demo_
             assert mask.shape == (64, 64)
             assert set(np.unique(mask)) <= {0, 1, 2}
     rows = RecordFile(tmp_path / "records.jsonl").read()
-    assert [row["name"] for row in rows] == [f"{s}/eye_00{i}" for s in ("cold_noisy", "warm_vignetted") for i in range(3)]
-    needed = {"name", "site", "status", "instance_size", "loss_before", "loss_after", "consistency", "forwards", "seconds"}
+    assert [row["name"] for row in rows] == [
+        f"{s}/eye_00{i}" for s in ("cold_noisy", "warm_vignetted") for i in range(3)
+    ]
+    needed = {
+        "name",
+        "site",
+        "status",
+        "instance_size",
+        "loss_before",
+        "loss_after",
+        "consistency",
+        "forwards",
+        "seconds",
+    }
     assert all(needed <= set(row) for row in rows)
     assert not list(tmp_path.rglob(".part-*"))
 
@@ -142,7 +154,11 @@ def test_training_writes_weights_that_inference_takes(tmp_path: Path, demo_sites
     assert "val_mean_dice" in done.stdout
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.pt"]
     run_bundle(
-        [INFERENCE], output_dir=tmp_path / "out", ckpt_path=tmp_path / "model" / "model.pt", limit=1, **{**settings, **QUICK}
+        [INFERENCE],
+        output_dir=tmp_path / "out",
+        ckpt_path=tmp_path / "model" / "model.pt",
+        limit=1,
+        **{**settings, **QUICK},
     )
 
 

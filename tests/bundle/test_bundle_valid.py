@@ -100,7 +100,9 @@ def test_shipped_weights_fit_the_network_strictly() -> None:
     network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True), strict=True)
 
 
-@pytest.mark.parametrize("path", sorted([*ROOT.glob("configs/**/*.yaml"), *CONFIGS.glob("*.yaml")]), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted([*ROOT.glob("configs/**/*.yaml"), *CONFIGS.glob("*.yaml")]), ids=lambda p: p.name
+)
 def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
     # MONAI takes unknown keys in silence, so that a typing error would have no effect
     known = set(yaml.safe_load((CONFIGS / "inference.yaml").read_text()))

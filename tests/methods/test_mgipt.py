@@ -47,9 +47,7 @@ def test_state_size_is_constant_and_a_few_hundred_numbers(mgipt: MGIPT) -> None:
     assert sizes == {2 * 3 * (9 + 25 + 49)}
 
 
-def test_state_holds_tensors_and_plain_types_and_loads_weights_only(
-    mgipt: MGIPT, images: list[torch.Tensor]
-) -> None:
+def test_state_holds_tensors_and_plain_types_and_loads_weights_only(mgipt: MGIPT, images: list[torch.Tensor]) -> None:
     mgipt(images[0])
     file = io.BytesIO()
     torch.save(mgipt.adaptation_state(), file)
