@@ -166,11 +166,11 @@ def test_state_and_records_are_written(tmp_path: Path, mgipt: MGIPT) -> None:
     assert rows[0]["seconds"] > 0
 
 
-class _Stop(RuntimeError):
+class StopError(RuntimeError):
     pass
 
 
-def interrupted_run(tmp_path: Path, after: int, save_every: int = 1, resume: bool = False, error=_Stop) -> list:
+def interrupted_run(tmp_path: Path, after: int, save_every: int = 1, resume: bool = False, error=StopError) -> list:
     mgipt = MGIPT(tiny_network(), steps=2)
     handler = TestTimeAdaptationHandler(
         mgipt, tmp_path / "state.pt", tmp_path / "records.jsonl", resume=resume, save_every=save_every
@@ -187,7 +187,7 @@ def interrupted_run(tmp_path: Path, after: int, save_every: int = 1, resume: boo
     return outputs
 
 
-@pytest.mark.parametrize("error", [_Stop, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [StopError, KeyboardInterrupt])
 @pytest.mark.parametrize("save_every", [1, 3])
 def test_resuming_equals_not_stopping(tmp_path: Path, save_every: int, error: type) -> None:
     interrupted_run(tmp_path, after=2, save_every=save_every, error=error)
@@ -210,7 +210,7 @@ def test_image_cut_off_half_way_leaves_no_trace(tmp_path: Path) -> None:
 
     def postprocessing(data: dict) -> dict:
         if mgipt.images_seen == 2:
-            raise _Stop
+            raise StopError
         return data
 
     engine = evaluator(mgipt.network, postprocessing=postprocessing, val_handlers=[handler])

@@ -83,7 +83,7 @@ def test_source_without_images_is_named(tmp_path: Path, source: str) -> None:
 
 def test_absent_site_is_named_with_those_that_exist(tmp_path: Path) -> None:
     touch(tmp_path, "east/a.png")
-    with pytest.raises(FileNotFoundError, match="site west.*the sites there are east"):
+    with pytest.raises(FileNotFoundError, match=r"site west.*the sites there are east"):
         find_stream(tmp_path, sites=["west"])
 
 

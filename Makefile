@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint format clean
+
+# three cameras the source network has never seen, without and with adaptation: table and picture
+demo: $(VENV)/.installed
+	$(RUN) -m mgipt_monai.demo --bundle bundle --folder build/demo
+
+# all tests; those on real images run where MGIPT_TEST_DATA names their folder
+test: $(VENV)/.installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/.installed
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.installed
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf build $(VENV)
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	touch $@

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo: three cameras that the source network has never seen, without and with test-time adaptation.
+
+Run as ``python -m mgipt_monai.demo --bundle bundle --folder build/demo``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigWorkflow
+from torch import Tensor
+
+from mgipt_monai.data.cameras import CAMERAS
+from mgipt_monai.data.demo_stream import write_demo_stream
+from mgipt_monai.report import Example, draw_examples
+
+__all__ = ["main", "run_method"]
+
+UNSEEN = ("low_contrast", "warm_vignetted", "cold_noisy")
+
+
+def run_method(bundle: Path, overlays: list[Path], dataset_dir: Path, output_dir: Path) -> dict[str, dict[str, Any]]:
+    """Run the bundle over a labelled stream, as ``python -m monai.bundle run`` does.
+
+    Args:
+        bundle: the bundle's folder.
+        overlays: configs laid over its ``inference.yaml`` and ``evaluate.yaml``.
+        dataset_dir: the sites.
+        output_dir: where masks, records and figures go.
+
+    Returns:
+        Per image name its record, and under ``image``, ``adapted_image``, ``pred`` and ``label`` its arrays (C, H, W).
+    """
+    configs = [bundle / "configs" / "inference.yaml", bundle / "configs" / "evaluate.yaml", *overlays]
+    workflow = ConfigWorkflow(
+        config_file=[str(path) for path in configs],
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(bundle),
+        dataset_dir=str(dataset_dir),
+        sites=list(UNSEEN),
+        output_dir=str(output_dir),
+    )
+    workflow.initialize()
+    seen: dict[str, dict[str, Any]] = {}
+
+    def remember(engine: Engine) -> None:
+        (output,) = engine.state.output
+        image = output["image"].as_tensor()
+        prompt = getattr(workflow.inferer.method, "instance_prompt", None)
+        arrays = {"image": image, "adapted_image": image if prompt is None else prompt(image[None])[0]}
+        arrays |= {key: output[key] for key in ("pred", "label")}
+        seen[engine.state.record["name"]] = engine.state.record | {k: _array(v) for k, v in arrays.items()}
+
+    workflow.evaluator.add_event_handler(Events.ITERATION_COMPLETED, remember)
+    workflow.run()
+    return seen
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return np.asarray(tensor.detach().cpu())
+
+
+def _dsc(record: dict[str, Any]) -> float:
+    return float(np.mean(list(record["metrics"]["dsc"].values())))
+
+
+def _table(source: dict[str, dict], adapted: dict[str, dict]) -> str:
+    lines = [
+        f"{'camera':<16}{'images':>7}{'source DSC':>12}{'MGIPT DSC':>12}{'gain':>7}{'worse by > 1':>14}{'s/image':>9}"
+    ]
+    for camera in (*UNSEEN, "all"):
+        names = [name for name, record in source.items() if camera in (record["site"], "all")]
+        before, after = (100 * np.array([_dsc(run[name]) for name in names]) for run in (source, adapted))
+        worse = int((after < before - 1).sum())
+        seconds = np.mean([adapted[name]["seconds"] for name in names])
+        lines.append(
+            f"{camera:<16}{len(names):>7}{before.mean():>12.2f}{after.mean():>12.2f}{(after - before).mean():>+7.2f}"
+            f"{worse:>14}{seconds:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _examples(source: dict[str, dict], adapted: dict[str, dict]) -> list[Example]:
+    """Per camera the image of median gain and the one of the largest gain."""
+    examples = []
+    for camera in UNSEEN:
+        names = [name for name, record in source.items() if record["site"] == camera]
+        names.sort(key=lambda name: _dsc(adapted[name]) - _dsc(source[name]))
+        for what, name in (("median gain", names[len(names) // 2]), ("largest gain", names[-1])):
+            one, other = source[name], adapted[name]
+            examples.append(
+                Example(
+                    f"{camera}, {what}",
+                    other["image"],
+                    other["adapted_image"],
+                    one["label"],
+                    one["pred"],
+                    other["pred"],
+                    _dsc(one),
+                    _dsc(other),
+                )
+            )
+    return examples
+
+
+def main() -> None:
+    """Make the stream, run it without and with adaptation, print the table and draw the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, default=Path("bundle"), help="the bundle's folder")
+    parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="where everything is written")
+    parser.add_argument("--count", type=int, default=16, help="photographs per camera")
+    arguments = parser.parse_args()
+
+    sites = arguments.folder / "sites"
+    write_demo_stream(sites, [CAMERAS[name] for name in UNSEEN], arguments.count, seed=0)
+    source_overlay = arguments.bundle.parent / "configs" / "methods" / "source.yaml"
+    source = run_method(arguments.bundle, [source_overlay], sites, arguments.folder / "source")
+    adapted = run_method(arguments.bundle, [], sites, arguments.folder / "mgipt")
+
+    figure = arguments.folder / "demo.png"
+    draw_examples(_examples(source, adapted), figure, columns=2)
+    print(f"\n{_table(source, adapted)}\n\nfigure: {figure}\nmasks, records: {arguments.folder / 'mgipt'}")
+
+
+if __name__ == "__main__":
+    main()
