@@ -27,7 +27,9 @@ def test_python_of_the_readme_runs_in_one_go(monkeypatch: pytest.MonkeyPatch, tm
 def test_files_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text()
     linked = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
-    named = re.findall(r"\b((?:bundle/configs|configs|mgipt_monai|tests|docs)/[\w/.-]+\.(?:yaml|py|md|json|png))", text)
+    named = re.findall(
+        r"(?<![\w/])((?:bundle/configs|configs|mgipt_monai|tests|docs)/[\w/.-]+\.(?:yaml|py|md|json|png))", text
+    )
     missing = [name for name in [*linked, *named] if not ((page.parent / name).exists() or (ROOT / name).exists())]
     assert not missing
 

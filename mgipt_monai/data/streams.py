@@ -26,8 +26,9 @@ def find_stream(
 ) -> list[dict[str, Any]]:
     """List the images of a stream in the order they will come.
 
-    A folder may hold images, or ``images/`` with ``masks/`` beside it, or one such folder per site. An image and its
-    mask share their name (the ending may differ). Images are sorted by name within a site.
+    A folder may hold images, or ``images/`` with ``masks/`` beside it, or one such folder per site. The folder's name
+    is the site's. An image and its mask share their name (the ending may differ). Images are sorted by name within a
+    site.
 
     Args:
         source: a folder, an image file, a glob pattern, or a datalist: a JSON file in MONAI's form whose items have
@@ -60,7 +61,7 @@ def find_stream(
         items = _from_folder(Path(source), labelled)
     else:
         found = sorted(p for p in glob.glob(source, recursive=True) if p.lower().endswith(IMAGE_ENDINGS))
-        items = [_item(Path(path), site="", labelled=labelled) for path in found]
+        items = [_item(Path(path), labelled) for path in found]
     if not items:
         endings = " ".join(IMAGE_ENDINGS)
         raise FileNotFoundError(
@@ -94,9 +95,9 @@ def _from_datalist(path: str, key: str, labelled: bool) -> list[dict[str, Any]]:
 
 def _from_folder(root: Path, labelled: bool) -> list[dict[str, Any]]:
     if _images_of(root):
-        return [_item(path, "", labelled) for path in _images_of(root)]
+        return [_item(path, labelled) for path in _images_of(root)]
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    return [_item(path, folder.name, labelled) for folder in folders for path in _images_of(folder)]
+    return [_item(path, labelled, folder.name) for folder in folders for path in _images_of(folder)]
 
 
 def _images_of(folder: Path) -> list[Path]:
@@ -104,10 +105,15 @@ def _images_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name.lower().endswith(IMAGE_ENDINGS))
 
 
-def _item(image: Path, site: str, labelled: bool) -> dict[str, Any]:
-    item = {"image": str(image), "site": site, "name": os.path.join(site, stem(image))}
+def _item(image: Path, labelled: bool, site_folder: str = "") -> dict[str, Any]:
+    own_folder = image.parent.parent if image.parent.name == IMAGES else image.parent
+    item = {
+        "image": str(image),
+        "site": site_folder or own_folder.name,
+        "name": os.path.join(site_folder, stem(image)),
+    }
     if labelled:
-        masks = image.parent.parent / MASKS if image.parent.name == IMAGES else image.parent / MASKS
+        masks = own_folder / MASKS
         same = masks / image.name
         others = [] if same.exists() else [masks / f"{stem(image)}{ending}" for ending in IMAGE_ENDINGS]
         item["label"] = str(next((path for path in others if path.exists()), same))

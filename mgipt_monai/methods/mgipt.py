@@ -138,9 +138,8 @@ class MGIPT(AdaptationMethod):
 
         return fused, {
             "instance_size": tuning.size,
-            # the loss that the chosen size's last step started from: one after it would cost a forward
-            "loss_before": float(global_losses.mean()) if not tuning.losses else min(tuning.losses.items())[1][0],
-            "loss_after": tuning.losses[tuning.size][-1] if tuning.losses else None,
+            "loss_before": tuning.loss_before,
+            "loss_after": tuning.loss_after,
             "global_losses": global_losses.tolist(),
             "consistency": tuning.consistency,
             "forwards": self.norms.forwards,

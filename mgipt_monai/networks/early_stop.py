@@ -47,6 +47,7 @@ def consistency_score(logits: Tensor, jittered_logits: Tensor, head: Head = "sig
         One minus the Dice over all channels at once, smoothed by 1e-5.
 
     Example:
+        >>> import torch
         >>> consistency_score(torch.ones(1, 2, 8, 8), torch.ones(1, 2, 8, 8))
         0.0
     """

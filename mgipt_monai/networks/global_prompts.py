@@ -122,8 +122,9 @@ class GlobalPrompts(nn.Module):
             return
         if self.students[0].shape[1] != channels or self.students[0].ndim != image.ndim:
             raise ValueError(
-                f"the stream's images have {self.students[0].shape[1]} channels and {self.students[0].ndim - 2} "
-                f"spatial dimensions, this one has {channels} and {dims}: convert it, or start a new stream with reset()"
+                f"this image has {channels} channels and {dims} spatial dimensions, the stream's have "
+                f"{self.students[0].shape[1]} and {self.students[0].ndim - 2}: convert it, or start a new stream with "
+                "reset()"
             )
         if self.students[0].device != image.device:
             self.students = [student.to(image.device) for student in self.students]

@@ -32,6 +32,16 @@ class InstanceTuning:
     losses: dict[int, list[float]] = field(default_factory=dict)
     consistency: dict[int, float] = field(default_factory=dict)
 
+    @property
+    def loss_before(self) -> float | None:
+        """Loss of the unadapted image; None if no size was tried."""
+        return next(iter(self.losses.values()))[0] if self.losses else None
+
+    @property
+    def loss_after(self) -> float | None:
+        """Loss that the chosen size's last step started from: the one after it would cost a forward."""
+        return self.losses[self.size][-1] if self.losses else None
+
 
 class InstancePrompt(nn.Module):
     """Progressive instance prompt: tune, check, then grow or stop.

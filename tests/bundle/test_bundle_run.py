@@ -114,6 +114,28 @@ def test_fundus_overlay_takes_both_codings(coding: str, tmp_path: Path, small_we
     assert 0 < dice["cup"] < dice["disc"] < 1
 
 
+@pytest.mark.parametrize("winner", [0, 1, 2])
+def test_softmax_head_leaves_the_background_out(winner: int, tmp_path: Path, demo_sites: Path) -> None:
+    path = weights(tmp_path / "w.pt", classes=3)
+    state = torch.load(path, weights_only=True)
+    last = [key for key in state if key.endswith("bias") and len(state[key]) == 3][-1]
+    state[last][winner] += 100
+    torch.save(state, path)
+    run_bundle(
+        [INFERENCE, EVALUATE],
+        dataset_dir=demo_sites,
+        output_dir=tmp_path / "out",
+        ckpt_path=path,
+        head="softmax",
+        limit=1,
+        **SMALL,
+    )
+    rows = RecordFile(tmp_path / "out" / "records.jsonl").read()
+    assert list(rows[0]["metrics"]["dsc"]) == ["disc", "cup"]
+    mask = np.asarray(Image.open(tmp_path / "out" / "cold_noisy" / "eye_000.png"))
+    assert np.unique(mask).tolist() == [winner]
+
+
 def test_vessels_overlay(tmp_path: Path) -> None:
     site = tmp_path / "vessels"
     photograph(site / "images" / "a.tif", size=(40, 64))
@@ -246,6 +268,13 @@ def test_workflow_run_twice_goes_on_with_the_adaptation(tmp_path: Path, demo_sit
     flow.run()
     flow.run()
     assert flow.inferer.method.images_seen == 4
+    # initialize builds everything anew, so the adaptation must be handed over by its file
+    shutil.move(tmp_path / "adaptation_state.pt", tmp_path / "earlier.pt")
+    flow.parser["start_from"] = str(tmp_path / "earlier.pt")
+    flow.initialize()
+    assert flow.inferer.method.images_seen == 0
+    flow.run()
+    assert flow.inferer.method.images_seen == 6
 
 
 def test_project_root_has_what_the_readme_says() -> None:

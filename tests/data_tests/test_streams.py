@@ -23,7 +23,7 @@ def test_flat_folder_keeps_names_and_takes_every_known_ending(tmp_path: Path) ->
     touch(tmp_path, "b.png", "a.JPG", "c.tif", "d.bmp", "e.nii.gz", "f.nii", "notes.txt", ".hidden.txt")
     items = find_stream(tmp_path)
     assert names(items) == ["a", "b", "c", "d", "e", "f"]
-    assert {item["site"] for item in items} == {""}
+    assert {item["site"] for item in items} == {tmp_path.name}
     assert "label" not in items[0]
 
 
@@ -31,6 +31,7 @@ def test_images_folder_with_masks_beside_it(tmp_path: Path) -> None:
     touch(tmp_path, "images/a.jpg", "images/b.png", "masks/a.png")
     items = find_stream(tmp_path, labelled=True)
     assert names(items) == ["a", "b"]
+    assert items[0]["site"] == tmp_path.name
     assert items[0]["label"] == str(tmp_path / "masks" / "a.png")
     assert items[1]["label"] == str(tmp_path / "masks" / "b.png")  # missing: found out when its turn comes
 
