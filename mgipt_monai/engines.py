@@ -115,6 +115,8 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         self.state.summary = StreamSummary()
         super().run()
         figures = self.state.summary.figures()
+        if not figures["all"]["images"] + figures["all"]["failed"]:
+            raise ValueError("the stream gave no images: a generator can be run through only once")
         self.state.metrics.update({name: values["mean"] for name, values in figures["all"]["metrics"].items()})
         if figures["all"]["images"]:
             logger.info("stream of %d images done\n%s", figures["all"]["images"], self.state.summary.table())

@@ -11,7 +11,7 @@ from typing import Any
 
 from .state_file import atomic_path
 
-__all__ = ["RecordFile"]
+__all__ = ["RecordFile", "in_words"]
 
 
 class RecordFile:
@@ -59,6 +59,22 @@ class RecordFile:
         with atomic_path(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return rows
+
+
+def in_words(row: dict[str, Any]) -> str:
+    """Say one record in a line for the log.
+
+    Example:
+        >>> in_words({"name": "A/eye", "status": "ok", "seconds": 0.5, "forwards": 25, "backwards": 17})
+        'A/eye, 42 F, 0.50 s'
+    """
+    if row["status"] != "ok":
+        return f"{row['name']} failed: {row['reason']}"
+    words = [row["name"]]
+    if row.get("instance_size"):
+        words.append(f"size {row['instance_size']}, loss {row['loss_before']:.4g} -> {row['loss_after']:.4g}")
+    words.append(f"{row.get('forwards', 0) + row.get('backwards', 0)} F")
+    return ", ".join([*words, f"{row['seconds']:.2f} s"])
 
 
 def _plain(value: Any) -> Any:

@@ -204,6 +204,16 @@ def test_empty_stream_is_an_error() -> None:
         evaluator.run()
 
 
+def test_generator_that_is_used_up_is_an_error() -> None:
+    mgipt = MGIPT(tiny_network(), steps=1)
+    images = ({"image": image, "name": "a", "site": "A"} for image in stream(2))
+    evaluator = StreamingAdaptationEvaluator("cpu", images, mgipt.network, AdaptiveInferer(mgipt), progress=False)
+    evaluator.run()
+    assert mgipt.images_seen == 2
+    with pytest.raises(ValueError, match="only once"):
+        evaluator.run()
+
+
 def test_progress_bar_shows_site_dsc_and_size(capsys: pytest.CaptureFixture) -> None:
     _, evaluator = build(items(2))
     evaluator.run()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.data import DataLoader, Dataset
+from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.handlers import CheckpointLoader, CheckpointSaver, StatsHandler
 from monai.inferers import SlidingWindowInferer
@@ -162,7 +162,7 @@ def test_state_and_records_are_written(tmp_path: Path, mgipt: MGIPT) -> None:
     evaluator(mgipt.network, val_handlers=[handler]).run()
     assert same_state(load_state(tmp_path / "state.pt")["adaptation"], mgipt.adaptation_state())
     rows = RecordFile(tmp_path / "records.jsonl").read()
-    assert [row["images"][0]["index"] for row in rows] == [0, 1, 2]
+    assert [row["index"] for row in rows] == [0, 1, 2]
     assert rows[0]["seconds"] > 0
 
 
@@ -198,10 +198,32 @@ def test_resuming_equals_not_stopping(tmp_path: Path, save_every: int, error: ty
     outputs = collect(engine)
     engine.run()
     assert torch.equal(outputs[-1], expected_outputs(5)[-1])
-    indices = [row["images"][0]["index"] for row in RecordFile(tmp_path / "records.jsonl").read()]
+    indices = [row["index"] for row in RecordFile(tmp_path / "records.jsonl").read()]
     assert indices == [0, 1, 2, 3, 4]
     assert mgipt.images_seen == 5
     assert engine.state.iteration == 5
+
+
+def test_batches_are_recorded_image_by_image_and_resumed(tmp_path: Path) -> None:
+    data = DataLoader(Dataset([{"image": image[0]} for image in stream(5)]), batch_size=2)
+    whole = MGIPT(tiny_network(), steps=2)
+    evaluator(whole.network, data, val_handlers=[TestTimeAdaptationHandler(whole)]).run()
+    for resume in (False, True):
+        mgipt = MGIPT(tiny_network(), steps=2)
+        handler = TestTimeAdaptationHandler(mgipt, tmp_path / "state.pt", tmp_path / "records.jsonl", resume)
+        engine = evaluator(mgipt.network, data, val_handlers=[handler])
+        if not resume:
+            engine.add_event_handler(Events.ITERATION_COMPLETED(once=2), Engine.terminate)
+        engine.run()
+    assert [row["index"] for row in RecordFile(tmp_path / "records.jsonl").read()] == [0, 1, 2, 3, 4]
+    assert same_state(mgipt.adaptation_state(), whole.adaptation_state())
+
+
+def test_records_name_the_images_files(tmp_path: Path, mgipt: MGIPT) -> None:
+    images = [{"image": MetaTensor(stream(1)[0][0], meta={"filename_or_obj": "in/eye.png"})}]
+    handler = TestTimeAdaptationHandler(mgipt, record_path=tmp_path / "records.jsonl")
+    evaluator(mgipt.network, DataLoader(Dataset(images), batch_size=1), val_handlers=[handler]).run()
+    assert RecordFile(tmp_path / "records.jsonl").read()[0]["name"] == "in/eye.png"
 
 
 def test_image_cut_off_half_way_leaves_no_trace(tmp_path: Path) -> None:

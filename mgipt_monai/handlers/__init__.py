@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from .test_time_adaptation import TestTimeAdaptationHandler
+from .adaptation import TestTimeAdaptationHandler
 
 __all__ = ["TestTimeAdaptationHandler"]

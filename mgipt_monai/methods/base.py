@@ -40,6 +40,7 @@ class AdaptationMethod(nn.Module, ABC):
         super().__init__()
         self.images_seen = 0
         self.last: list[dict[str, Any]] = []
+        self.register_load_state_dict_pre_hook(_take_plain_checkpoint)
         self.bind(network)
 
     def bind(self, network: nn.Module) -> None:
@@ -150,3 +151,10 @@ class AdaptationMethod(nn.Module, ABC):
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``_state`` returned; raise ValueError without changing anything if it does not fit."""
+
+
+def _take_plain_checkpoint(method: AdaptationMethod, state: dict[str, Any], prefix: str, *_unused: Any) -> None:
+    """Let a checkpoint of the plain network load into the method that stands in its place."""
+    own = prefix + "network."
+    for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
+        state[own + key[len(prefix) :]] = state.pop(key)

@@ -11,6 +11,8 @@ from .frequency_prompt import FrequencyPrompt, LowFrequencies
 from .global_prompts import GlobalPrompts
 from .instance_prompt import InstancePrompt, InstanceTuning
 from .jitter import PhotometricJitter
+from .norm_layers import find_norm_layers
+from .resunet import ResUNet
 
 __all__ = [
     "AlignedNorms",
@@ -21,9 +23,11 @@ __all__ = [
     "InstanceTuning",
     "LowFrequencies",
     "PhotometricJitter",
+    "ResUNet",
     "alignment_loss",
     "calibrate",
     "consistency_score",
+    "find_norm_layers",
     "got_worse",
     "instance_statistics",
     "normalize",

@@ -7,17 +7,15 @@ and state-dict keys stay as they are, and ``detach`` leaves no trace.
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .calibration import Normalization, calibrate, check_normalization, instance_statistics, normalize
+from .norm_layers import find_norm_layers
 
 __all__ = ["AlignedNorms", "alignment_loss"]
 
@@ -35,37 +33,6 @@ def alignment_loss(mean: Tensor, std: Tensor, source_mean: Tensor, source_std: T
         One loss per sample (B,): mean over the channels of the absolute differences of mean and of deviation.
     """
     return (mean - source_mean).abs().mean(dim=1) + (std - source_std).abs().mean(dim=1)
-
-
-def find_norm_layers(network: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
-    """Find the layers that can be aligned: batch norms with stored statistics.
-
-    Args:
-        network: any network.
-        pattern: regular expression that a layer's dotted name must contain; None takes all.
-
-    Returns:
-        Name to layer, in the network's order.
-
-    Raises:
-        ValueError: if the network has no such layer, or none with a matching name.
-    """
-    usable = {
-        name: layer
-        for name, layer in network.named_modules()
-        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
-    }
-    if not usable:
-        others = Counter(type(m).__name__ for m in network.modules() if isinstance(m, (_NormBase, nn.GroupNorm)))
-        found = ", ".join(f"{n} x {name}" for name, n in others.items()) or "no norm layer at all"
-        raise ValueError(
-            f"{type(network).__name__} has no batch norm with stored source statistics to align with (found {found}): "
-            "use a network with batch norm (norm='batch', track_running_stats=True)"
-        )
-    chosen = {name: layer for name, layer in usable.items() if pattern is None or re.search(pattern, name)}
-    if not chosen:
-        raise ValueError(f"aligned_layers={pattern!r} matches no batch norm; there are: {', '.join(usable)}")
-    return chosen
 
 
 class _AlignedForward:

@@ -15,6 +15,7 @@ import mgipt_monai
 from mgipt_monai import MGIPT, AdaptiveInferer, StreamingAdaptationEvaluator, TestTimeAdaptationHandler
 from tests.bundle.conftest import BUNDLE, CONFIGS, ROOT
 
+PARTS = ("instance_prompt", "global_prompts", "ensemble", "jitter")
 SCHEMA = Path(__file__).parents[1] / "data" / "metadata_schema.json"
 
 
@@ -31,6 +32,18 @@ def workflow(tmp_path: Path, dataset_dir: Path, **settings) -> ConfigWorkflow:
     )
 
 
+def settings_of(method: MGIPT) -> dict:
+    """Every plain setting of a method and its parts."""
+    plain = (int, float, str, bool, tuple, type(None))
+    parts = {"method": method, **{part: getattr(method, part) for part in PARTS}}
+    return {
+        (part, key): value
+        for part, owner in parts.items()
+        for key, value in vars(owner).items()
+        if isinstance(value, plain) and not key.startswith("_")
+    }
+
+
 def test_check_properties_passes_and_the_entries_are_what_they_say(tmp_path: Path, demo_sites: Path) -> None:
     flow = workflow(tmp_path, demo_sites)
     flow.initialize()
@@ -40,25 +53,14 @@ def test_check_properties_passes_and_the_entries_are_what_they_say(tmp_path: Pat
     assert isinstance(flow.parser.get_parsed_content("method"), MGIPT)
     assert isinstance(flow.handlers[0], TestTimeAdaptationHandler)
     assert flow.inferer.method.network is flow.evaluator.network
-    for part in ("instance_prompt", "global_prompts", "ensemble", "jitter"):
+    for part in PARTS:
         assert flow.parser.get_parsed_content(part) is getattr(flow.inferer.method, part)
 
 
 def test_config_defaults_are_the_methods_defaults(tmp_path: Path, demo_sites: Path) -> None:
     flow = workflow(tmp_path, demo_sites)
     flow.initialize()
-    configured, default = flow.inferer.method, MGIPT(flow.network_def)
-    for part in ("instance_prompt", "global_prompts", "ensemble", "jitter"):
-        ours, theirs = (
-            {k: v for k, v in vars(getattr(m, part)).items() if not k.startswith("_") and k != "R"}
-            for m in (configured, default)
-        )
-        assert ours == theirs
-    assert (configured.tuning, configured.source_weight, configured.head) == (
-        default.tuning,
-        default.source_weight,
-        default.head,
-    )
+    assert settings_of(flow.inferer.method) == settings_of(MGIPT(flow.network_def))
 
 
 def test_metadata_passes_the_schema() -> None:
@@ -112,3 +114,17 @@ def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
         return
     keys = {key.lstrip("+").split("#")[0] for key in yaml.safe_load(path.read_text())}
     assert keys <= allowed
+
+
+def test_released_overlay_is_the_released_preset(tmp_path: Path, demo_sites: Path) -> None:
+    flow = ConfigWorkflow(
+        config_file=[str(CONFIGS / "inference.yaml"), str(ROOT / "configs" / "presets" / "released.yaml")],
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(BUNDLE),
+        dataset_dir=str(demo_sites),
+        output_dir=str(tmp_path),
+    )
+    flow.initialize()
+    assert settings_of(flow.inferer.method) == settings_of(MGIPT.released(flow.network_def))
+    assert settings_of(flow.inferer.method) != settings_of(MGIPT(flow.network_def))

@@ -370,6 +370,19 @@ def test_deepcopy_and_pickle_go_on_alike_and_apart(images: list[torch.Tensor]) -
         assert torch.equal(other(images[1]), expected)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_checkpoint_of_the_plain_network_loads_into_the_method(strict: bool) -> None:
+    # a pipeline whose network is replaced by the method keeps its checkpoint loader
+    mgipt = MGIPT(tiny_network(seed=1))
+    plain = tiny_network(seed=2).state_dict()
+    assert mgipt.load_state_dict(plain, strict=strict) == torch.nn.Module().load_state_dict({})
+    assert identical(snapshot(mgipt.network), plain)
+    mgipt.load_state_dict(MGIPT(tiny_network(seed=3)).state_dict())
+    assert identical(snapshot(mgipt.network), snapshot(tiny_network(seed=3)))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        mgipt.load_state_dict({key: value for key, value in plain.items() if key != "0.bias"})
+
+
 def test_two_methods_can_share_a_network(images: list[torch.Tensor]) -> None:
     shared = tiny_network()
     one, other = MGIPT(shared, steps=2), MGIPT(shared, steps=2, source_weight=0.5)

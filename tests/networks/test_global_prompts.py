@@ -263,10 +263,10 @@ def test_state_with_prompts_of_different_shapes_is_refused(shape: tuple[int, ...
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 15, 16), "2 channels and 2 spatial dimensions, this one has 3 and 2"),
-        ((1, 1, 15, 16), "2 channels and 2 spatial dimensions, this one has 1 and 2"),
-        ((1, 2, 15, 16, 9), "2 channels and 2 spatial dimensions, this one has 2 and 3"),
-        ((1, 2, 15), "2 channels and 2 spatial dimensions, this one has 2 and 1"),
+        ((1, 3, 15, 16), "this image has 3 channels and 2 spatial dimensions, the stream.s have 2 and 2"),
+        ((1, 1, 15, 16), "this image has 1 channels and 2 spatial dimensions, the stream.s have 2 and 2"),
+        ((1, 2, 15, 16, 9), "this image has 2 channels and 3 spatial dimensions, the stream.s have 2 and 2"),
+        ((1, 2, 15), "this image has 2 channels and 1 spatial dimensions, the stream.s have 2 and 2"),
     ],
 )
 def test_image_of_another_kind_in_the_stream_is_refused(shape: tuple[int, ...], message: str) -> None:

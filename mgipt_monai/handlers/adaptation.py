@@ -6,18 +6,17 @@ from __future__ import annotations
 import logging
 import os
 import time
-from typing import Any
 
 from ignite.engine import Engine, Events
-from monai.data import DataLoader
 from monai.inferers import SimpleInferer
-from torch.utils.data import SequentialSampler, Subset
 
 from mgipt_monai.engines import AdaptationEvents, root_cause
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.records import RecordFile
+from mgipt_monai.records import RecordFile, in_words
 from mgipt_monai.state_file import load_state, save_state
+
+from .stream_position import records_of, skip_done
 
 __all__ = ["TestTimeAdaptationHandler"]
 
@@ -38,7 +37,7 @@ class TestTimeAdaptationHandler:
         resume: go on with an interrupted stream where ``state_path`` says, giving what one go would have given. The
             stream must be the same. False starts the stream, and its files, anew.
         start_from: state file of an earlier stream whose adaptation this one continues; not with ``resume``.
-        save_every: images between two savings of the state.
+        save_every: images between two savings of the state, which is also saved at the end.
 
     Raises:
         ValueError: at construction, for settings that exclude each other.
@@ -123,7 +122,7 @@ class TestTimeAdaptationHandler:
             self.method.load_adaptation_state(state["adaptation"])
             position = state["position"]
             rows = [] if self.records is None else self.records.keep(position)
-            self._skip_done(engine, position, rows)
+            skip_done(engine, position, rows)
         else:
             if self.start_from is not None:
                 self.method.load_adaptation_state(load_state(self.start_from)["adaptation"])
@@ -135,43 +134,18 @@ class TestTimeAdaptationHandler:
         self._note(position)
         self._inferer, engine.inferer = engine.inferer, AdaptiveInferer(self.method)
 
-    def _skip_done(self, engine: Engine, position: int, rows: list[dict[str, Any]]) -> None:
-        loader = engine.data_loader
-        if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
-            raise ValueError("resume needs a monai DataLoader that keeps the order of its dataset")
-        items = getattr(loader.dataset, "data", [])
-        for row, item in zip(rows, items, strict=False):
-            if isinstance(item, dict) and "name" in row and item.get("name") != row["name"]:
-                raise ValueError(f"the stream has changed since it was interrupted ({row['name']}): start it anew")
-        if position >= len(loader):
-            logger.info("all %d images of the stream are done", position)
-            engine.terminate()
-            return
-        first = position * loader.batch_size
-        engine.state.dataloader = DataLoader(
-            Subset(loader.dataset, range(first, len(loader.dataset))),
-            batch_size=loader.batch_size,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-        )
-        # ignite counts on from here, so that the pass ends, and the bar stands, where they should
-        engine.state.iteration = position
-        logger.info("resuming the stream at image %d", position + 1)
-
     def _tick(self, _engine: Engine) -> None:
         self._since = time.perf_counter()
 
     def _image_done(self, engine: Engine) -> None:
-        record = getattr(engine.state, "record", None) or {
-            "status": "ok",
-            "images": self.method.last,
-            "seconds": time.perf_counter() - self._since,
-        }
-        logger.info("image %d: %s", engine.state.iteration, _in_words(record))
-        if self.records is not None:
-            self.records.append(record)
-        self._note(self._done["position"] + 1)
-        if self._done["position"] % self.save_every == 0:
+        rows = records_of(engine, self.method, time.perf_counter() - self._since)
+        before = self._done["position"]
+        for i, row in enumerate(rows, start=before + 1):
+            logger.info("image %d: %s", i, in_words(row))
+            if self.records is not None:
+                self.records.append(row)
+        self._note(before + len(rows))
+        if self._done["position"] // self.save_every > before // self.save_every:
             self._save()
 
     def _note(self, position: int) -> None:
@@ -195,14 +169,3 @@ class TestTimeAdaptationHandler:
         self._stop(engine)
         # ignite takes an exception as handled once a handler has seen it
         raise error
-
-
-def _in_words(record: dict[str, Any]) -> str:
-    values = {**record, **(record.get("images") or [{}])[-1]}
-    words = [f"{values[key]}" for key in ("site", "name") if values.get(key)]
-    if record["status"] != "ok":
-        return " ".join([*words, "failed:", record["reason"]])
-    if values.get("instance_size"):
-        words.append(f"size {values['instance_size']}, loss {values['loss_before']:.4g} -> {values['loss_after']:.4g}")
-    cost = values.get("forwards", 0) + values.get("backwards", 0)
-    return ", ".join([" ".join(words[:2]), *words[2:], f"{cost} F", f"{record['seconds']:.2f} s"])

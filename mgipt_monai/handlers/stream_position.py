@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an evaluator stands in its stream: what was just done, and what to skip when it goes on later."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ignite.engine import Engine
+from monai.data import DataLoader
+from torch.utils.data import SequentialSampler, Subset
+
+from mgipt_monai.methods.base import AdaptationMethod
+
+__all__ = ["records_of", "skip_done"]
+
+logger = logging.getLogger(__name__)
+
+
+def records_of(engine: Engine, method: AdaptationMethod, seconds: float) -> list[dict[str, Any]]:
+    """Return the records of the iteration that has just ended, one per image.
+
+    A ``StreamingAdaptationEvaluator`` makes its own. For another evaluator they are made from what the method did, the
+    file names in the images' meta data, and an equal share of the time.
+    """
+    if getattr(engine.state, "record", None):
+        return [engine.state.record]
+    output = engine.state.output
+    items = output if isinstance(output, list) else [{}] * len(method.last)
+    rows = []
+    for item, done in zip(items, method.last, strict=True):
+        meta = getattr(item.get("image"), "meta", {})
+        row = {"name": str(meta.get("filename_or_obj", done["index"])), "site": "", "status": "ok"}
+        rows.append({**row, **done, "seconds": seconds / len(items)})
+    return rows
+
+
+def skip_done(engine: Engine, position: int, rows: list[dict[str, Any]]) -> None:
+    """Let an evaluator that is about to start go on after the first ``position`` images of its loader.
+
+    Args:
+        engine: the evaluator, at its ``STARTED`` event.
+        position: images that are done.
+        rows: their records, to see that the stream is the same; may be empty.
+
+    Raises:
+        ValueError: if the loader does not keep an order that can be gone on with, or its images are other ones.
+    """
+    loader = engine.data_loader
+    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
+        raise ValueError("resume needs a monai DataLoader that keeps the order of its dataset")
+    for row, item in zip(rows, getattr(loader.dataset, "data", []), strict=False):
+        if isinstance(item, dict) and item.get("name", row["name"]) != row["name"]:
+            raise ValueError(f"the stream has changed since it was interrupted ({row['name']}): start it anew")
+    count = len(loader.dataset)
+    if position >= count:
+        logger.info("all %d images of the stream are done", position)
+        engine.terminate()
+        return
+    engine.state.dataloader = DataLoader(
+        Subset(loader.dataset, range(position, count)),
+        batch_size=loader.batch_size,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+    )
+    # ignite counts on from here, so that the pass ends, and the bar stands, where they should
+    engine.state.iteration = position // loader.batch_size
+    logger.info("resuming the stream at image %d of %d", position + 1, count)
