@@ -123,7 +123,7 @@ class MGIPT(AdaptationMethod):
         )
 
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        self.norms.forwards = self.norms.backwards = 0
+        self.norms.forwards = self.backwards = 0
         if isinstance(self.jitter, Randomizable):
             seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
             self.jitter.set_random_state(seed=int(seed))
@@ -143,7 +143,7 @@ class MGIPT(AdaptationMethod):
             "global_losses": global_losses.tolist(),
             "consistency": tuning.consistency,
             "forwards": self.norms.forwards,
-            "backwards": self.norms.backwards,
+            "backwards": self.backwards,
         }
 
     def _tuning_normalization(self) -> str:
@@ -152,7 +152,7 @@ class MGIPT(AdaptationMethod):
         return self.tuning
 
     def _loss(self, prompted: Tensor) -> Tensor:
-        self.norms.backwards += len(prompted)
+        self.backwards += len(prompted)
         return self.norms.loss(prompted, self._tuning_normalization())
 
     def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
