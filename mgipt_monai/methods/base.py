@@ -40,7 +40,6 @@ class AdaptationMethod(nn.Module, ABC):
         super().__init__()
         self.images_seen = 0
         self.last: list[dict[str, Any]] = []
-        self.register_load_state_dict_pre_hook(_take_plain_checkpoint)
         self.bind(network)
 
     def bind(self, network: nn.Module) -> None:
@@ -135,6 +134,13 @@ class AdaptationMethod(nn.Module, ABC):
         self._load_state(state)
         self.images_seen = int(state["images_seen"])
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # a checkpoint of the plain network loads into the method that stands in its place
+        own = prefix + "network."
+        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
+            state_dict[own + key[len(prefix) :]] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @abstractmethod
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         """Adapt to one image (1, C, \\*spatial); return its logits and the record of what was done."""
@@ -151,10 +157,3 @@ class AdaptationMethod(nn.Module, ABC):
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Take over what ``_state`` returned; raise ValueError without changing anything if it does not fit."""
-
-
-def _take_plain_checkpoint(method: AdaptationMethod, state: dict[str, Any], prefix: str, *_unused: Any) -> None:
-    """Let a checkpoint of the plain network load into the method that stands in its place."""
-    own = prefix + "network."
-    for key in [key for key in state if key.startswith(prefix) and not key.startswith(own)]:
-        state[own + key[len(prefix) :]] = state.pop(key)
