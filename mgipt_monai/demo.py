@@ -78,7 +78,7 @@ def _table(source: dict[str, dict], adapted: dict[str, dict]) -> str:
         names = [name for name, record in source.items() if camera in (record["site"], "all")]
         before, after = (100 * np.array([_dsc(run[name]) for name in names]) for run in (source, adapted))
         worse = int((after < before - 1).sum())
-        seconds = np.mean([adapted[name]["seconds"] for name in names])
+        seconds = np.median([adapted[name]["seconds"] for name in names])
         lines.append(
             f"{camera:<16}{len(names):>7}{before.mean():>12.2f}{after.mean():>12.2f}{(after - before).mean():>+7.2f}"
             f"{worse:>14}{seconds:>9.2f}"
