@@ -6,5 +6,6 @@ from __future__ import annotations
 from .base import AdaptationMethod
 from .mgipt import MGIPT
 from .source import Source
+from .vptta import VPTTA
 
-__all__ = ["MGIPT", "AdaptationMethod", "Source"]
+__all__ = ["MGIPT", "VPTTA", "AdaptationMethod", "Source"]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .alignment import AlignedNorms, alignment_loss
+from .blended_norms import BlendedNorms
 from .calibration import calibrate, instance_statistics, normalize
 from .early_stop import consistency_score, got_worse
 from .ensemble import ConfidenceEnsemble
@@ -16,6 +17,7 @@ from .resunet import ResUNet
 
 __all__ = [
     "AlignedNorms",
+    "BlendedNorms",
     "ConfidenceEnsemble",
     "FrequencyPrompt",
     "GlobalPrompts",

@@ -47,6 +47,11 @@ class _AlignedForward:
         # without spatial axes there are no statistics of one sample
         if x.ndim < 3 or (norms.normalization == "source" and norms.losses is None):
             return type(layer).forward(layer, x)
+        return self.align(x)
+
+    def align(self, x: Tensor) -> Tensor:
+        """Measure the layer's loss where losses are collected, and normalise. Another alignment overrides this."""
+        norms, layer = self.norms, self.layer
         source_mean, source_std = layer.running_mean, layer.running_var.sqrt()
         mean, std = instance_statistics(x)
         if norms.losses is not None:
@@ -79,6 +84,8 @@ class AlignedNorms:
         (torch.Size([2]), torch.Size([2, 4, 14, 14]))
     """
 
+    layer_forward = _AlignedForward
+
     def __init__(self, network: nn.Module, layers: str | None = None, source_weight: float = 0.8) -> None:
         if not 0 <= source_weight <= 1:
             raise ValueError(f"source_weight must be in [0, 1], got {source_weight}")
@@ -96,7 +103,7 @@ class AlignedNorms:
             return
         self._covered = [(layer, layer.__dict__.get("forward")) for layer in self.layers.values()]
         for layer in self.layers.values():
-            layer.forward = _AlignedForward(self, layer).forward
+            layer.forward = self.layer_forward(self, layer).forward
 
     def detach(self) -> None:
         """Give the layers the forward back that they had; without effect where nothing is attached."""

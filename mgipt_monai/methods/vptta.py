@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""VPTTA, the predecessor of MGIPT: one prompt per image, started from those of similar images in a memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from mgipt_monai.networks.blended_norms import BlendedNorms
+from mgipt_monai.networks.frequency_prompt import LowFrequencies
+from mgipt_monai.networks.prompt_step import check_step, loss_gradient
+
+from .base import AdaptationMethod
+
+__all__ = ["VPTTA"]
+
+Start = Literal["memory", "latest"]
+
+TEMPERATURE = 0.2
+"""Of the softmax over the similarities of the neighbours."""
+
+
+class VPTTA(AdaptationMethod):
+    """Visual prompt-based test-time adaptation (Chen et al., "Each Test Image Deserves A Specific Prompt", CVPR 2024).
+
+    Adapts one low-frequency amplitude prompt per image, by one Adam step on the alignment loss; the network is frozen.
+    Layers normalise with, and are aligned with, a blend of the source's statistics and the image's, in which the n-th
+    image of the stream has the share ``1 / (sqrt(n) / warm_n + 1)``. Cost: 2 forwards and 1 backward per image.
+
+    Keeps between images, for the latest ``memory_size`` images, the tuned prompt and the amplitudes of the image's
+    lowest frequencies: **a trace of each of these patients' images**, which the state file holds too. Adam's moments
+    last along the stream as well.
+
+    Args:
+        network: any network with batch norm that stores its statistics; frozen, in evaluation mode.
+        lr: learning rate (0.05; 0.01 for polyps).
+        betas: Adam's betas.
+        side: side of the prompt; the released rule is ``max(1, int(image_side * 0.01))``.
+        memory_size: images remembered, first in, first out.
+        neighbours: how many of them a prompt is started from; a prompt starts at ones until as many are remembered.
+        warm_n: the greater, the slower the blend moves from the image's statistics to the source's.
+        centred: whether the prompt's block is centred on the zero frequency (see :class:`LowFrequencies`).
+        start: what a prompt starts from once there are enough neighbours: ``memory`` is the published mix of the
+            prompts of the most similar images, ``latest`` the previous image's prompt (see :meth:`released`).
+        aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
+
+    Raises:
+        ValueError: at construction, for a setting out of range, or a network without usable norm layers.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> vptta = VPTTA(network)
+        >>> vptta(torch.rand(2, 3, 32, 32)).shape, vptta.last[1]["memory"]
+        (torch.Size([2, 2, 32, 32]), 2)
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        lr: float = 0.05,
+        betas: Sequence[float] = (0.9, 0.99),
+        side: int = 5,
+        memory_size: int = 40,
+        neighbours: int = 16,
+        warm_n: float = 5,
+        centred: bool = True,
+        start: Start = "memory",
+        aligned_layers: str | None = None,
+    ) -> None:
+        check_step(lr, betas)
+        for name, value in (("side", side), ("memory_size", memory_size), ("neighbours", neighbours)):
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, got {value}")
+        if neighbours > memory_size:
+            raise ValueError(f"neighbours must be at most memory_size ({memory_size}), got {neighbours}")
+        if not 0 < warm_n < math.inf:
+            raise ValueError(f"warm_n must be above 0, got {warm_n}")
+        if start not in get_args(Start):
+            raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
+        self.aligned_layers = aligned_layers
+        super().__init__(network)
+        self.lr, self.betas, self.side, self.centred = lr, tuple(betas), side, centred
+        self.memory_size, self.neighbours, self.warm_n, self.start = memory_size, neighbours, warm_n, start
+        self._reset()
+
+    @classmethod
+    def released(cls, network: nn.Module, *, image_side: int = 512, **overrides: Any) -> VPTTA:
+        """Build the method that gives the outputs of the released code (run on a CPU), for images of ``image_side``.
+
+        The prompt's block lies one step off centre. From the 17th image on those outputs come from prompts that start
+        where the previous one ended, as if every prompt in the memory were the latest; ``start="memory"`` is the mix.
+        """
+        released = {"side": max(1, int(image_side * 0.01)), "centred": False, "start": "latest"}
+        return cls(network, **{**released, **overrides})
+
+    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        self.norms.forwards = 0
+        root = math.sqrt(self.images_seen + 1)
+        self.norms.source_weight = root / (root + self.warm_n)
+
+        low = LowFrequencies(image, self.side, self.centred)
+        amplitude = low.coefficients.abs()
+        prompt = self._start(amplitude).requires_grad_()
+        loss, gradient = loss_gradient(lambda x: self.norms.loss(x, "calibrated"), low.apply(prompt), prompt)
+        prompt = self._adam_step(prompt, gradient)
+        with torch.no_grad():
+            logits = self.norms.predict(low.apply(prompt), "calibrated")
+
+        self.amplitudes = [*self.amplitudes, amplitude][-self.memory_size :]
+        self.prompts = [*self.prompts, prompt][-self.memory_size :]
+        return logits, {
+            "loss_before": loss.item(),
+            "memory": len(self.prompts),
+            "forwards": self.norms.forwards,
+            "backwards": 1,
+        }
+
+    def _start(self, amplitude: Tensor) -> Tensor:
+        """Return the prompt that this image's tuning starts from."""
+        if self.prompts and self.prompts[0].shape != amplitude.shape:
+            raise ValueError(
+                f"this image takes a prompt of shape {tuple(amplitude.shape)}, the stream's have "
+                f"{tuple(self.prompts[0].shape)}: convert it, or start a new stream with reset()"
+            )
+        if len(self.prompts) < self.neighbours:
+            return torch.ones_like(amplitude)
+        if self.start == "latest":
+            return self.prompts[-1].to(amplitude.device, copy=True)
+        amplitudes, prompts = (torch.cat(kept).to(amplitude.device) for kept in (self.amplitudes, self.prompts))
+        similarity, nearest = cosine_similarity(amplitudes.flatten(1), amplitude.flatten(1)).topk(self.neighbours)
+        return torch.tensordot(torch.softmax(similarity / TEMPERATURE, dim=0), prompts[nearest], dims=1)[None]
+
+    def _adam_step(self, prompt: Tensor, gradient: Tensor) -> Tensor:
+        """Return the prompt after one step of the Adam that lasts along the stream, whatever prompt it is given."""
+        moments = [moment.to(prompt.device, copy=True) for moment in self.moments]
+        first, second = moments or (torch.zeros_like(gradient), torch.zeros_like(gradient))
+        adam = torch.optim.Adam([prompt], lr=self.lr, betas=self.betas)
+        steps = torch.tensor(float(self.images_seen))
+        adam.state[prompt] = {"step": steps, "exp_avg": first, "exp_avg_sq": second}
+        prompt.grad = gradient
+        adam.step()
+        self.moments = [first, second]
+        return prompt.detach()
+
+    def _bound(self) -> None:
+        self.norms = BlendedNorms(self.network, self.aligned_layers)
+
+    def _reset(self) -> None:
+        self.amplitudes: list[Tensor] = []
+        self.prompts: list[Tensor] = []
+        self.moments: list[Tensor] = []
+
+    def _state(self) -> dict[str, list[Tensor]]:
+        return {name: [t.clone().cpu() for t in getattr(self, name)] for name in ("amplitudes", "prompts", "moments")}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        kept = {name: [t.detach().clone().float() for t in state[name]] for name in self._state()}
+        counts = {name: len(tensors) for name, tensors in kept.items()}
+        images = counts["prompts"]
+        if images > self.memory_size or list(counts.values()) != [images, images, 2 * bool(images)]:
+            raise ValueError(f"the state holds {counts}, this needs 2 moments and at most {self.memory_size} of each")
+        tensors = [*kept["amplitudes"], *kept["prompts"], *kept["moments"]]
+        for tensor in tensors:
+            if tensor.shape != tensors[0].shape or tensor.shape[2:] != (self.side,) * (tensor.ndim - 2):
+                raise ValueError(f"the state has a tensor of shape {tuple(tensor.shape)}, this has side {self.side}")
+            if not torch.isfinite(tensor).all():
+                raise ValueError("the state is not finite")
+        self.amplitudes, self.prompts, self.moments = kept["amplitudes"], kept["prompts"], kept["moments"]
