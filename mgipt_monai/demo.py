@@ -18,6 +18,7 @@ from torch import Tensor
 from mgipt_monai.data.cameras import CAMERAS
 from mgipt_monai.data.demo_stream import write_demo_stream
 from mgipt_monai.report import Example, draw_examples
+from mgipt_monai.summary import image_means
 
 __all__ = ["main", "run_method"]
 
@@ -67,7 +68,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _dsc(record: dict[str, Any]) -> float:
-    return float(np.mean(list(record["metrics"]["dsc"].values())))
+    return image_means(record)["dsc"]
 
 
 def _table(source: dict[str, dict], adapted: dict[str, dict]) -> str:

@@ -21,6 +21,7 @@ from monai.utils import CommonKeys
 from torch import nn
 
 from .data.stream_dataset import FAILURE
+from .errors import root_cause
 from .state_file import atomic_path
 from .summary import StreamSummary
 
@@ -178,8 +179,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         super()._fire_event(event_name, *args, **kwargs)
 
     def _progress(self, _output: Any) -> dict[str, Any]:
-        record, means = self.state.record, self.state.summary.figures()["all"]["metrics"]
-        shown = {"site": record["site"], **{name.upper(): values["mean"] for name, values in means.items()}}
+        record = self.state.record
+        means = {name.upper(): mean for name, mean in self.state.summary.means.items()}
+        shown = {"site": record["site"], **means}
         if "instance_size" in record:
             shown["size"] = record["instance_size"]
         return shown | {"images/s": 1 / record["seconds"]}
@@ -187,10 +189,3 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
 
 def _first(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
-
-
-def root_cause(error: BaseException) -> str:
-    """Return the first cause's own message: MONAI wraps errors in the names of the transforms they went through."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{error}" or type(error).__name__

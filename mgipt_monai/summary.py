@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["StreamSummary"]
+__all__ = ["StreamSummary", "image_means"]
 
 ALL = "all"
 
@@ -27,6 +27,7 @@ class StreamSummary:
 
     def __init__(self) -> None:
         self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._totals: dict[str, tuple[float, int]] = {}
         self.failures: list[str] = []
         """Name and reason of each image that failed."""
 
@@ -34,8 +35,16 @@ class StreamSummary:
         """Take one record (see :class:`mgipt_monai.RecordFile`); only its figures are kept."""
         kept = {key: row.get(key) for key in ("status", "seconds", "metrics")}
         self._rows.setdefault(row["site"], []).append(kept)
+        for metric, mean in image_means(row).items():
+            total, count = self._totals.get(metric, (0.0, 0))
+            self._totals[metric] = (total + mean, count + 1)
         if row["status"] != "ok":
             self.failures.append(f"{row['name']}: {row['reason']}")
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Mean of each metric so far, over the images' means over classes."""
+        return {metric: total / count for metric, (total, count) in self._totals.items()}
 
     def figures(self) -> dict[str, dict[str, Any]]:
         """Return the figures per site, and for ``all`` images together.
@@ -64,17 +73,26 @@ class StreamSummary:
         )
 
 
+def image_means(row: dict[str, Any]) -> dict[str, float]:
+    """Return each metric's mean over an image's classes; classes that are absent are left out."""
+    means = {}
+    for metric, classes in (row.get("metrics") or {}).items():
+        values = [value for value in classes.values() if value is not None and not math.isnan(value)]
+        if values:
+            means[metric] = float(np.mean(values))
+    return means
+
+
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     done = [row for row in rows if row["status"] == "ok"]
     by_class: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     means: dict[str, list[float]] = defaultdict(list)
     for row in done:
-        for metric, classes in (row["metrics"] or {}).items():
-            values = {name: v for name, v in classes.items() if v is not None and not math.isnan(v)}
-            for name, value in values.items():
-                by_class[metric][name].append(value)
-            if values:
-                means[metric].append(float(np.mean(list(values.values()))))
+        for metric, mean in image_means(row).items():
+            means[metric].append(mean)
+            for name, value in row["metrics"][metric].items():
+                if value is not None and not math.isnan(value):
+                    by_class[metric][name].append(value)
     metrics = {
         metric: {
             **{name: float(np.mean(values)) for name, values in by_class[metric].items()},

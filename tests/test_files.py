@@ -86,6 +86,7 @@ def test_summary_by_hand() -> None:
     assert (figures["B"]["images"], figures["B"]["failed"], summary.failures) == (1, 1, ["B/2: empty"])
     assert figures["all"]["metrics"]["dsc"]["disc"] == pytest.approx((20 * 0.475 + 0.5) / 21)
     assert figures["all"]["seconds_per_image"] == 2
+    assert summary.means["dsc"] == pytest.approx(figures["all"]["metrics"]["dsc"]["mean"])
 
 
 def test_table_has_a_line_per_site_in_the_order_of_the_stream() -> None:

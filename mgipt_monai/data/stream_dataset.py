@@ -8,6 +8,8 @@ from typing import Any
 
 from monai.data import Dataset
 
+from mgipt_monai.errors import root_cause
+
 __all__ = ["FAILURE", "StreamDataset"]
 
 FAILURE = "failure"
@@ -40,9 +42,7 @@ class StreamDataset(Dataset):
 
 def explain(error: BaseException, item: dict[str, Any]) -> str:
     """Return the first cause's own words, with the file's name in them."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    text = str(error).strip() or type(error).__name__
+    text = root_cause(error)
     if "cannot find a suitable reader" in text:
         text = "cannot be read as an image: copy it again, or convert it to PNG or NIfTI"
     named = any(str(item.get(key)) in text for key in ("image", "label"))

@@ -10,7 +10,8 @@ import time
 from ignite.engine import Engine, Events
 from monai.inferers import SimpleInferer
 
-from mgipt_monai.engines import AdaptationEvents, root_cause
+from mgipt_monai.engines import AdaptationEvents
+from mgipt_monai.errors import root_cause
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.records import RecordFile, in_words

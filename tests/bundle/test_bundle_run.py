@@ -85,13 +85,20 @@ def test_evaluation_reports_the_figures_per_site(tmp_path: Path, demo_sites: Pat
     assert row["metrics"]["dsc"]["disc"] == pytest.approx(disc, abs=0.02)
 
 
-@pytest.mark.parametrize("overlay", ["configs/methods/source.yaml", "configs/presets/released.yaml"])
-def test_method_and_preset_overlays_run(overlay: str, tmp_path: Path, demo_sites: Path) -> None:
-    settings = {k: v for k, v in QUICK.items() if "source" not in overlay or k == "spatial_size"}
-    run_bundle([INFERENCE, EVALUATE, overlay], dataset_dir=demo_sites, output_dir=tmp_path, limit=1, **settings)
+@pytest.mark.parametrize("overlay", sorted(ROOT.glob("configs/methods/*.yaml")), ids=lambda path: path.stem)
+def test_every_method_runs_by_adding_its_overlay(overlay: Path, tmp_path: Path, demo_sites: Path) -> None:
+    settings = {"dataset_dir": demo_sites, "output_dir": tmp_path, "limit": 1, "spatial_size": "[64,64]"}
+    run_bundle([INFERENCE, EVALUATE, overlay], **settings)
     rows = RecordFile(tmp_path / "records.jsonl").read()
     assert [row["status"] for row in rows] == ["ok", "ok"]
-    assert ("instance_size" in rows[0]) == ("source" not in overlay)
+    assert "instance_size" not in rows[0]
+    assert rows[0]["forwards"] >= 1
+
+
+def test_released_preset_runs(tmp_path: Path, demo_sites: Path) -> None:
+    overlay = "configs/presets/released.yaml"
+    run_bundle([INFERENCE, EVALUATE, overlay], dataset_dir=demo_sites, output_dir=tmp_path, limit=1, **QUICK)
+    assert "instance_size" in RecordFile(tmp_path / "records.jsonl").read()[0]
 
 
 @pytest.mark.parametrize("coding", ["index", "grey"])
