@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from mgipt_monai import RecordFile
+from mgipt_monai.networks import ResUNet
 from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, ROOT, run_bundle
 
 INFERENCE, EVALUATE, TRAIN = (CONFIGS / f"{name}.yaml" for name in ("inference", "evaluate", "train"))
@@ -173,6 +174,22 @@ def test_folder_overlay_with_the_paths_set(tmp_path: Path, small_weights: Path) 
         **SMALL,
     )
     assert Image.open(tmp_path / "out" / "a.png").size == (75, 52)
+
+
+def test_the_published_source_network_takes_the_place_of_the_unet(tmp_path: Path, demo_sites: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(ResUNet("resnet34").state_dict(), tmp_path / "w.pt")
+    overlay = tmp_path / "resunet.yaml"
+    overlay.write_text("network_def: {_target_: mgipt_monai.networks.ResUNet, backbone: resnet34}\n")
+    run_bundle(
+        [INFERENCE, overlay],
+        dataset_dir=demo_sites,
+        output_dir=tmp_path / "out",
+        ckpt_path=tmp_path / "w.pt",
+        limit=1,
+        **QUICK,
+    )
+    assert RecordFile(tmp_path / "out" / "records.jsonl").read()[1]["status"] == "ok"
 
 
 def test_training_writes_weights_that_inference_takes(tmp_path: Path, demo_sites: Path) -> None:
