@@ -71,6 +71,16 @@ def test_inference_writes_a_mask_per_image_and_the_records(tmp_path: Path, demo_
     assert not list(tmp_path.rglob(".part-*"))
 
 
+def test_inference_takes_a_glob_pattern_and_a_datalist(tmp_path: Path, demo_sites: Path) -> None:
+    image = demo_sites / "cold_noisy" / "images" / "eye_001.png"
+    (tmp_path / "list.json").write_text(json.dumps({"testing": [{"image": str(image), "site": "clinic"}]}))
+    for source, mask in ((f"{image.parent}/*1.png", "eye_001.png"), (tmp_path / "list.json", "clinic/eye_001.png")):
+        output = tmp_path / "out"
+        run_bundle([INFERENCE], dataset_dir=source, output_dir=output, **QUICK)
+        assert [row["name"] for row in RecordFile(output / "records.jsonl").read()] == [mask.removesuffix(".png")]
+        assert (output / mask).is_file()
+
+
 def test_evaluation_reports_the_figures_per_site(tmp_path: Path, demo_sites: Path) -> None:
     done = run_bundle([INFERENCE, EVALUATE], dataset_dir=demo_sites, output_dir=tmp_path, **QUICK)
     summary = json.loads((tmp_path / "summary.json").read_text())
