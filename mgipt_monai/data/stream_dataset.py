@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from monai.data import Dataset
+from monai.utils import ensure_tuple
 
 from mgipt_monai.errors import root_cause
 
@@ -31,13 +32,19 @@ class StreamDataset(Dataset):
         item = self.data[index]
         try:
             for key in ("image", "label"):
-                if key in item and not os.path.exists(item[key]):
-                    raise FileNotFoundError(f"{key} file {item[key]} does not exist")
-                if key in item and os.path.getsize(item[key]) == 0:
-                    raise ValueError(f"{key} file {item[key]} is empty: copy it again or leave it out")
+                for path in ensure_tuple(item.get(key, ())):
+                    check_file(key, path)
             return super()._transform(index)
         except Exception as error:
             return {"name": item.get("name", ""), "site": item.get("site", ""), FAILURE: explain(error, item)}
+
+
+def check_file(key: str, path: str | os.PathLike) -> None:
+    """Raise an error that names the file if it is not there or empty."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{key} file {path} does not exist")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{key} file {path} is empty: copy it again or leave it out")
 
 
 def explain(error: BaseException, item: dict[str, Any]) -> str:
@@ -45,5 +52,5 @@ def explain(error: BaseException, item: dict[str, Any]) -> str:
     text = root_cause(error)
     if "cannot find a suitable reader" in text:
         text = "cannot be read as an image: copy it again, or convert it to PNG or NIfTI"
-    named = any(str(item.get(key)) in text for key in ("image", "label"))
-    return text if named else f"{item.get('image')}: {text}"
+    files = [str(path) for key in ("image", "label") for path in ensure_tuple(item.get(key, ()))]
+    return text if any(file in text for file in files) else f"{files[0] if files else item.get('name')}: {text}"

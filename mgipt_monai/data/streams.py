@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from monai.data import load_decathlon_datalist
+from monai.utils import ensure_tuple
 
 __all__ = ["IMAGE_ENDINGS", "find_stream"]
 
@@ -73,10 +74,13 @@ def find_stream(
             known = ", ".join(dict.fromkeys(item["site"] for item in items))
             raise FileNotFoundError(f"no image of site {', '.join(absent)} at {source!r}: the sites there are {known}")
         items = [item for site in sites for item in items if item["site"] == site]
-    if limit is not None:
-        by_site = {site: [item for item in items if item["site"] == site] for site in {i["site"] for i in items}}
-        items = [item for item in items if item in by_site[item["site"]][:limit]]
     _check_names(items)
+    if limit is not None:
+        by_site: dict[str, list[dict[str, Any]]] = {}
+        for item in items:
+            by_site.setdefault(item["site"], []).append(item)
+        kept = {item["name"] for of_site in by_site.values() for item in of_site[:limit]}
+        items = [item for item in items if item["name"] in kept]
     return items
 
 
@@ -90,7 +94,9 @@ def _from_datalist(path: str, key: str, labelled: bool) -> list[dict[str, Any]]:
     for item in items:
         if labelled and "label" not in item:
             raise ValueError(f"{item['image']} has no label in {path}: add its mask, or run without masks")
-    return [{"site": "", "name": os.path.join(i.get("site", ""), stem(i["image"])), **i} for i in items]
+    # an image of several files, one per channel, is named by its first
+    stems = [stem(ensure_tuple(item["image"])[0]) for item in items]
+    return [{"site": "", "name": os.path.join(i.get("site", ""), s), **i} for i, s in zip(items, stems, strict=True)]
 
 
 def _from_folder(root: Path, labelled: bool) -> list[dict[str, Any]]:

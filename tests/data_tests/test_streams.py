@@ -60,6 +60,13 @@ def test_datalist_keeps_its_order_and_sites(tmp_path: Path) -> None:
     assert items[0]["label"] == str(tmp_path / "m.png")
 
 
+def test_image_of_several_files_is_named_by_its_first(tmp_path: Path) -> None:
+    touch(tmp_path, "a_t1.nii.gz", "a_t2.nii.gz")
+    entries = [{"image": ["a_t1.nii.gz", "a_t2.nii.gz"]}]
+    (tmp_path / "list.json").write_text(json.dumps({"testing": entries}))
+    assert names(find_stream(tmp_path / "list.json", limit=1)) == ["a_t1"]
+
+
 def test_datalist_without_masks_is_refused_where_masks_are_needed(tmp_path: Path) -> None:
     touch(tmp_path, "a.png")
     (tmp_path / "list.json").write_text(json.dumps({"testing": [{"image": "a.png"}]}))

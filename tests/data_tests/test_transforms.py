@@ -58,6 +58,13 @@ def test_failure_of_a_transform_comes_out_with_the_file_and_the_first_cause(tmp_
     assert out == {"name": "S/a", "site": "S", "failure": f"{tmp_path / 'a.png'}: too dark"}
 
 
+def test_each_file_of_an_image_of_several_is_checked(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    files = [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    dataset = StreamDataset([{"image": files, "site": "", "name": "a"}])
+    assert dataset[0]["failure"].startswith(f"image file {files[1]} does not exist")
+
+
 def test_missing_mask_and_empty_file_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "e.png").touch()

@@ -56,8 +56,7 @@ def test_state_holds_tensors_and_plain_types_and_loads_weights_only(mgipt: MGIPT
 
 
 def test_state_holds_no_image_content(images: list[torch.Tensor]) -> None:
-    # two images that differ everywhere, but whose gradients have the same signs, leave the same students: a step
-    # is the learning rate times the sign, so nothing of an image's values is kept
+    # an image moves each number of a student by the learning rate, up, down or not at all: a sign is all that it leaves
     mgipt = MGIPT(tiny_network(), steps=1)
     mgipt(images[0])
     for prompt in mgipt.adaptation_state()["students"]:
