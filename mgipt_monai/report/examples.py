@@ -53,6 +53,7 @@ def draw_examples(examples: Sequence[Example], path: str | os.PathLike, columns:
     import matplotlib
 
     matplotlib.use("Agg")
+    from matplotlib import patheffects
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
@@ -64,18 +65,14 @@ def draw_examples(examples: Sequence[Example], path: str | os.PathLike, columns:
         axis.axis("off")
     for i, example in enumerate(examples):
         _draw(axes[i // columns, 3 * (i % columns) : 3 * (i % columns) + 3], example)
+    # on the white page a white line needs a dark edge
+    edge = [patheffects.Stroke(linewidth=3.5, foreground="0.4"), patheffects.Normal()]
+    labels = {"reference": "reference", "source": "source network", "adapted": "adapted (MGIPT)"}
     legend = [
-        Line2D(
-            [],
-            [],
-            color="black" if name == "reference" else style["colors"],
-            ls=style.get("linestyles", "-"),
-            label=label,
-        )
-        for (name, style), label in zip(
-            STYLES.items(), ("reference (white)", "source network", "adapted (MGIPT)"), strict=True
-        )
+        Line2D([], [], color=style["colors"], ls=style.get("linestyles", "-"), label=labels[name])
+        for name, style in STYLES.items()
     ]
+    legend[0].set_path_effects(edge)
     figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
