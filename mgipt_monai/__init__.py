@@ -7,7 +7,7 @@ from . import data, handlers, methods, networks
 from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import TestTimeAdaptationHandler
 from .inferers import AdaptiveInferer
-from .methods import MGIPT, VPTTA, AdaptationMethod, Source
+from .methods import MGIPT, SAR, VPTTA, AdaptationMethod, BatchNormAdaptation, CoTTA, GraTa, Source, Tent
 from .records import RecordFile
 from .state_file import load_state, save_state
 from .summary import StreamSummary
@@ -17,15 +17,20 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MGIPT",
+    "SAR",
     "VPTTA",
     "AdaptationEvents",
     "AdaptationMethod",
     "AdaptiveInferer",
+    "BatchNormAdaptation",
+    "CoTTA",
+    "GraTa",
     "RecordFile",
     "Source",
     "StreamFailedError",
     "StreamSummary",
     "StreamingAdaptationEvaluator",
+    "Tent",
     "TestTimeAdaptationHandler",
     "data",
     "handlers",

@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 from .base import AdaptationMethod
+from .bn import BatchNormAdaptation
+from .cotta import CoTTA
+from .grata import GraTa
 from .mgipt import MGIPT
+from .sar import SAR
 from .source import Source
+from .tent import Tent
 from .vptta import VPTTA
 
-__all__ = ["MGIPT", "VPTTA", "AdaptationMethod", "Source"]
+__all__ = ["MGIPT", "SAR", "VPTTA", "AdaptationMethod", "BatchNormAdaptation", "CoTTA", "GraTa", "Source", "Tent"]

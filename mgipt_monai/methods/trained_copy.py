@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy of a network that trains some of its weights on single images, and leaves the network as it is."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgipt_monai.networks.alignment import AlignedNorms
+from mgipt_monai.networks.norm_layers import find_norm_layers
+
+__all__ = ["TrainedCopy", "load_weights", "norm_affine_names"]
+
+
+def norm_affine_names(network: nn.Module, layers: str | None = None) -> set[str]:
+    """Return the names of the weights and biases of the batch norms.
+
+    Raises:
+        ValueError: if there is no batch norm with stored statistics, or none of them has weights.
+    """
+    found = find_norm_layers(network, layers)
+    affine = {id(parameter) for layer in found.values() for parameter in layer.parameters(recurse=False)}
+    names = {name for name, parameter in network.named_parameters() if id(parameter) in affine}
+    if not names:
+        raise ValueError(
+            f"none of the batch norms {', '.join(found)} has weights to adapt (affine=False): use BatchNormAdaptation"
+        )
+    return names
+
+
+def load_weights(weights: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
+    """Copy saved values into the weights of the same names; raise ValueError if names, shapes or values do not fit."""
+    if differing := sorted(weights.keys() ^ saved.keys()):
+        raise ValueError(f"the state and the network have not the same weights, they differ in {', '.join(differing)}")
+    for name, weight in weights.items():
+        if saved[name].shape != weight.shape:
+            raise ValueError(
+                f"the state's {name} has shape {tuple(saved[name].shape)}, the network's {tuple(weight.shape)}"
+            )
+        if not torch.isfinite(saved[name]).all():
+            raise ValueError(f"the state's {name} is not finite")
+        with torch.no_grad():
+            weight.copy_(saved[name])
+
+
+class TrainedCopy:
+    """A copy of a network that trains some of its weights; its norm layers take the statistics of each image.
+
+    The stored statistics of the copy never move. It is no ``nn.Module``, so that it is no part of the method's state
+    dict: a checkpoint of the source network goes on to fit the method.
+
+    Args:
+        network: the source network, which is not changed.
+        names: the weights to train.
+        layers: which batch norms take the image's statistics, see :class:`AlignedNorms`.
+        make_optimizer: from the list of these weights to their optimiser.
+    """
+
+    KEYS: tuple[str, ...] = ("weights", "optimizer")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        names: set[str],
+        layers: str | None,
+        make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.norms = AlignedNorms(self.network, layers)
+        self.weights = {name: weight for name, weight in self.network.named_parameters() if name in names}
+        for weight in self.weights.values():
+            weight.requires_grad_()
+        self.optimizer = make_optimizer(list(self.weights.values()))
+        self.backwards = 0
+
+    def predict(self, image: Tensor) -> Tensor:
+        """Run the copy with the image's own statistics; (1, C, \\*spatial) to logits (1, K, \\*spatial)."""
+        return self.norms.predict(image, "instance")
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Return the gradient of the loss of one image with respect to each trained weight.
+
+        Raises:
+            FloatingPointError: if it is not finite, before it can spoil a weight.
+        """
+        self.backwards += 1
+        gradients = torch.autograd.grad(loss, list(self.weights.values()), materialize_grads=True)
+        if not all(torch.isfinite(value).all() for value in (loss, *gradients)):
+            raise FloatingPointError("the loss or its gradient is not finite: check the image and the network")
+        return list(gradients)
+
+    @contextmanager
+    def moved(self, offsets: Sequence[Tensor]) -> Iterator[None]:
+        """Move the weights by these offsets for the block; behind it they are bit-identical to before."""
+        weights = list(self.weights.values())
+        kept = [weight.detach().clone() for weight in weights]
+        with torch.no_grad():
+            for weight, offset in zip(weights, offsets, strict=True):
+                weight.add_(offset)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for weight, value in zip(weights, kept, strict=True):
+                    weight.copy_(value)
+
+    def step(self, gradients: Sequence[Tensor], lr: float | None = None) -> None:
+        """Take one step of the optimiser along these gradients, with another learning rate if one is given."""
+        for weight, gradient in zip(self.weights.values(), gradients, strict=True):
+            weight.grad = gradient
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["lr"] if lr is None else lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state(self) -> dict[str, Any]:
+        """Return copies of the trained weights and of the optimiser's moments, on the CPU."""
+        return {
+            "weights": {name: weight.detach().clone().cpu() for name, weight in self.weights.items()},
+            "optimizer": {
+                index: {key: value.clone().cpu() for key, value in moments.items()}
+                for index, moments in self.optimizer.state_dict()["state"].items()
+            },
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned; raise ValueError if it does not fit."""
+        load_weights(self.weights, state["weights"])
+        shapes = [weight.shape for weight in self.weights.values()]
+        for index, moments in state["optimizer"].items():
+            if not 0 <= index < len(shapes) or any(m.ndim and m.shape != shapes[index] for m in moments.values()):
+                raise ValueError(f"the state's optimizer does not fit the weights, it differs at number {index}")
+            if not all(torch.isfinite(moment).all() for moment in moments.values()):
+                raise ValueError(f"the state's optimizer is not finite at number {index}")
+        # copies, since the optimiser would go on to write into the caller's tensors
+        moments = {i: {key: m.clone() for key, m in each.items()} for i, each in state["optimizer"].items()}
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
