@@ -44,9 +44,9 @@ class SAR(WeightAdaptation):
         rho: length of SAM's step uphill.
         margin: share of the largest entropy (ln 2 for a sigmoid head, ln C for C softmax channels) up to which a pixel
             is reliable.
-        recovery_threshold: e_m, in nats; 0 never recovers. The paper's 0.2 belongs to 1,000 classes, where entropies
-            reach 6.9: in the same proportion it is 0.02 for two classes. A segmentation network is sure of most pixels:
-            with 0.2 it may recover after every image, and then predicts as :class:`BatchNormAdaptation` does.
+        recovery_threshold: e_m, as a share of the largest entropy; 0 never recovers. The paper's 0.2 nats belong to
+            1,000 classes, they are 0.029 of ln 1,000. Taken as they are, a network of two classes, sure of most pixels,
+            would recover after every image, and predict as :class:`BatchNormAdaptation` does.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
 
@@ -69,7 +69,7 @@ class SAR(WeightAdaptation):
         momentum: float = 0.9,
         rho: float = 0.05,
         margin: float = 0.4,
-        recovery_threshold: float = 0.2,
+        recovery_threshold: float = 0.029,
         head: Head = "sigmoid",
         aligned_layers: str | None = None,
     ) -> None:
@@ -92,7 +92,8 @@ class SAR(WeightAdaptation):
     def _adapt(self, adapted: TrainedCopy, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         logits = adapted.predict(image)
         entropies = entropy(logits, self.head)
-        limit = self.margin * math.log(class_count(logits, self.head))
+        largest = math.log(class_count(logits, self.head))
+        limit = self.margin * largest
         reliable = entropies.detach() < limit
         record = {
             "loss_before": None,
@@ -113,7 +114,7 @@ class SAR(WeightAdaptation):
             gradients = adapted.gradients(loss)
         adapted.step(gradients)
         record["loss_average"] = self._follow(loss.item())
-        if record["loss_average"] < self.recovery_threshold:
+        if record["loss_average"] < self.recovery_threshold * largest:
             self._reset()
             record["recovered"] = True
         return logits, record

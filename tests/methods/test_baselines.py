@@ -605,7 +605,7 @@ def test_sar_recovers_when_the_average_falls_below_the_threshold() -> None:
         averages.append(never.last[0]["loss_average"])
         assert never.last[0]["recovered"] is False
     falls = next(i for i, average in enumerate(averages) if average < averages[0] - 1e-3)
-    threshold = averages[falls] + 1e-6
+    threshold = (averages[falls] + 1e-6) / math.log(2)
     method = sar(network, lr=0.5, recovery_threshold=threshold)
     first = sar(network)(images[0])
     for index, image in enumerate(images[: falls + 1]):
