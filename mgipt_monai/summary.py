@@ -12,6 +12,7 @@ import numpy as np
 __all__ = ["StreamSummary", "image_means"]
 
 ALL = "all"
+"""The key of the figures over all sites."""
 
 
 class StreamSummary:
