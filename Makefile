@@ -11,7 +11,7 @@ demo: $(VENV)/.installed
 
 # all tests; those on real images run where MGIPT_TEST_DATA names their folder
 test: $(VENV)/.installed
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bundle.conftest import ONE_THREAD
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -36,7 +38,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 def test_demo_prints_its_table_and_draws_its_figure(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mgipt_monai.demo", "--folder", str(tmp_path), "--count", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=ONE_THREAD)
     assert done.returncode == 0, done.stderr[-2000:]
     assert all(camera in done.stdout for camera in ("low_contrast", "warm_vignetted", "cold_noisy", "all"))
     assert (tmp_path / "demo.png").stat().st_size > 50_000

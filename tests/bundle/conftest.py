@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ import pytest
 from mgipt_monai.data.cameras import CAMERAS
 from mgipt_monai.data.demo_stream import write_demo_stream
 
+# several runs at once on few cores: more threads only wait for each other
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundle"
 CONFIGS = BUNDLE / "configs"
@@ -25,7 +28,7 @@ def run_bundle(configs: Sequence[str | Path], check: bool = True, **settings: ob
     files = ",".join(f"'{config if Path(config).is_absolute() else ROOT / config}'" for config in configs)
     overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", f"[{files}]", "--bundle_root", str(BUNDLE)]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, cwd=ROOT, timeout=300)
+    done = subprocess.run([*command, *overrides], capture_output=True, text=True, cwd=ROOT, timeout=300, env=ONE_THREAD)
     if check and done.returncode:
         raise AssertionError(done.stdout[-3000:] + done.stderr[-3000:])
     return done

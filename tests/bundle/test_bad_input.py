@@ -21,7 +21,7 @@ from monai.networks.nets import UNet
 from PIL import Image
 
 from mgipt_monai import RecordFile, load_state
-from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, ROOT, run_bundle
+from tests.bundle.conftest import BUNDLE, CONFIGS, ONE_THREAD, QUICK, ROOT, run_bundle
 
 INFERENCE, EVALUATE = CONFIGS / "inference.yaml", CONFIGS / "evaluate.yaml"
 
@@ -165,7 +165,8 @@ def test_killed_run_resumes_to_what_an_uninterrupted_run_gives(tmp_path: Path, d
         "--bundle_root", str(BUNDLE), "--dataset_dir", str(demo_sites), "--output_dir", str(parts),
         *[part for key, value in QUICK.items() for part in (f"--{key}", value)],
     ]  # fmt: skip
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, cwd=ROOT, env=ONE_THREAD, **silent) as process:
         records = RecordFile(parts / "records.jsonl")
         deadline = time.monotonic() + 120
         while len(records.read()) < 2 and time.monotonic() < deadline:
