@@ -23,7 +23,7 @@ def loss_gradient(
     gradients = torch.autograd.grad(losses.sum(), prompts)
     if not all(torch.isfinite(value).all() for value in (losses, *gradients)):
         raise FloatingPointError("the alignment loss or its gradient is not finite: check the image and the network")
-    return losses.detach(), gradients if len(gradients) > 1 or not isinstance(prompts, Tensor) else gradients[0]
+    return losses.detach(), gradients[0] if isinstance(prompts, Tensor) else gradients
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
