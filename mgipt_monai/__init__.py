@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from . import data, handlers, methods, networks
+from .data import find_stream, order_stream
 from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import TestTimeAdaptationHandler
 from .inferers import AdaptiveInferer
@@ -33,10 +34,12 @@ __all__ = [
     "Tent",
     "TestTimeAdaptationHandler",
     "data",
+    "find_stream",
     "handlers",
     "load_source_weights",
     "load_state",
     "methods",
     "networks",
+    "order_stream",
     "save_state",
 ]

@@ -20,7 +20,7 @@ from monai.metrics import CumulativeIterationMetric
 from monai.utils import CommonKeys
 from torch import nn
 
-from .data.stream_dataset import FAILURE
+from .data.stream_dataset import FAILURE, PLACE
 from .errors import root_cause
 from .state_file import atomic_path
 from .summary import StreamSummary
@@ -48,9 +48,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     adaptation state bit-identical; the stream goes on, and ``run`` ends with a :class:`StreamFailedError` that names
     the failed images. A progress bar shows the site, the mean DSC so far, the chosen size and images per second.
 
-    After each image ``state.record`` is its record: ``name``, ``site``, ``status``, ``seconds``, ``metrics`` where
-    there is a label, and what the method did. After ``run``, ``state.summary`` (a :class:`StreamSummary`) has the
-    figures and ``state.metrics`` the overall mean of each metric.
+    After each image ``state.record`` is its record: ``name``, ``site``, ``round`` where the item has one, ``status``,
+    ``seconds``, ``metrics`` where there is a label, and what the method did. After ``run``, ``state.summary`` (a
+    :class:`StreamSummary`) has the figures and ``state.metrics`` the overall mean of each metric.
 
     Args:
         device: where to run.
@@ -135,7 +135,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         method = getattr(self.inferer, "method", None)
         before = None if method is None else method.adaptation_state()
         start = time.perf_counter()
-        record = {key: _first(batchdata.get(key, "")) for key in ("name", "site")}
+        record = {"name": "", "site": ""} | {key: _first(batchdata[key]) for key in PLACE if key in batchdata}
         try:
             if FAILURE in batchdata:
                 raise ValueError(_first(batchdata[FAILURE]))
@@ -188,4 +188,6 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
 
 
 def _first(value: Any) -> Any:
+    """Return the plain value of a batch's only image."""
+    value = value.tolist() if isinstance(value, torch.Tensor) else value
     return value[0] if isinstance(value, list) else value

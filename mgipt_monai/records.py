@@ -17,8 +17,9 @@ __all__ = ["RecordFile", "in_words"]
 class RecordFile:
     """A JSON Lines file that grows by one line per image.
 
-    Each line has ``name``, ``site``, ``status`` (``ok`` or ``failed``), ``reason`` if it failed, ``seconds``, the
-    metrics where there is a label, and what the method did (see the method's ``last``).
+    Each line has ``name``, ``site``, ``round`` where the stream has rounds, ``status`` (``ok`` or ``failed``),
+    ``reason`` if it failed, ``seconds``, the metrics where there is a label, and what the method did (see the method's
+    ``last``).
 
     Args:
         path: the file; it is made with the first line.

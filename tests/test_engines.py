@@ -102,6 +102,16 @@ def test_bad_image_is_recorded_leaves_the_state_and_the_run_goes_on(tmp_path: Pa
     assert evaluator.state.summary.figures()["all"]["images"] == 3
 
 
+def test_records_have_the_round_of_images_that_have_one(tmp_path: Path) -> None:
+    rounds = [{**item, "round": i + 1} for i, item in enumerate([*items(2), BAD])]
+    _, evaluator = build([*rounds, items(1)[0]], tmp_path)
+    with pytest.raises(StreamFailedError, match="1 of 4"):
+        evaluator.run()
+    rows = RecordFile(tmp_path / "records.jsonl").read()
+    assert [row.get("round") for row in rows] == [1, 2, 3, None]
+    assert list(rows[2])[:4] == ["name", "site", "round", "status"]
+
+
 def test_failure_after_the_adaptation_undoes_it(tmp_path: Path) -> None:
     good = items(2)
     clean, evaluator = build(good)

@@ -6,7 +6,17 @@ from __future__ import annotations
 from .cameras import CAMERAS, Camera
 from .save_mask import SaveMaskd
 from .stream_dataset import StreamDataset
+from .stream_order import order_stream
 from .streams import find_stream
 from .transforms import CheckImaged, LabelToChannelsd
 
-__all__ = ["CAMERAS", "Camera", "CheckImaged", "LabelToChannelsd", "SaveMaskd", "StreamDataset", "find_stream"]
+__all__ = [
+    "CAMERAS",
+    "Camera",
+    "CheckImaged",
+    "LabelToChannelsd",
+    "SaveMaskd",
+    "StreamDataset",
+    "find_stream",
+    "order_stream",
+]

@@ -11,16 +11,19 @@ from monai.utils import ensure_tuple
 
 from mgipt_monai.errors import root_cause
 
-__all__ = ["FAILURE", "StreamDataset"]
+__all__ = ["FAILURE", "PLACE", "StreamDataset"]
 
 FAILURE = "failure"
+PLACE = ("name", "site", "round")
+"""The keys of an item that say which image of the stream it is."""
 
 
 class StreamDataset(Dataset):
-    """A MONAI ``Dataset`` for streams: an item that cannot be read comes out as ``{"name", "site", "failure"}``.
+    """A MONAI ``Dataset`` for streams: an item that cannot be read comes out as a failure.
 
-    ``failure`` says which file and what to do. :class:`mgipt_monai.StreamingAdaptationEvaluator` records it and goes
-    on. Constructed like ``monai.data.Dataset``, from the items of :func:`mgipt_monai.find_stream`.
+    It is ``{"name", "site", "round", "failure"}``, as far as the item has them; ``failure`` says which file and what to
+    do. :class:`mgipt_monai.StreamingAdaptationEvaluator` records it and goes on. Constructed like
+    ``monai.data.Dataset``, from the items of :func:`mgipt_monai.find_stream`.
 
     Example:
         >>> dataset = StreamDataset([{"image": "absent.png", "site": "A", "name": "A/absent"}])
@@ -36,7 +39,8 @@ class StreamDataset(Dataset):
                     check_file(key, path)
             return super()._transform(index)
         except Exception as error:
-            return {"name": item.get("name", ""), "site": item.get("site", ""), FAILURE: explain(error, item)}
+            place = {key: item[key] for key in PLACE if key in item}
+            return {**place, FAILURE: explain(error, item)}
 
 
 def check_file(key: str, path: str | os.PathLike) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the images of a stream: in a folder, by a glob pattern, or in a MONAI datalist."""
+"""Find the images of a stream: in a folder, by a glob pattern, or in a list (JSON, CSV)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from monai.data import load_decathlon_datalist
 from monai.utils import ensure_tuple
+
+from .datalist_readers import read_csv, read_json
 
 __all__ = ["IMAGE_ENDINGS", "find_stream"]
 
@@ -32,12 +33,13 @@ def find_stream(
     site.
 
     Args:
-        source: a folder, an image file, a glob pattern, or a datalist: a JSON file in MONAI's form whose items have
-            ``image``, and optionally ``label`` and ``site``; its order is kept.
+        source: a folder, an image file, a glob pattern, or a datalist, whose order is kept: a JSON file in MONAI's form
+            whose items have ``image``, and optionally ``label``, ``site`` and ``name``, or a CSV file with such columns
+            (``mask`` will do for ``label``). Without a site a CSV file's name is the site.
         sites: the sites to take, in this order; None takes all, folders in alphabetical order.
         labelled: whether each image needs a mask. A missing one is found when the image's turn comes.
         limit: at most so many images of each site; None takes all.
-        datalist_key: the list's key in a datalist.
+        datalist_key: the list's key in a JSON datalist.
 
     Returns:
         Items with ``image``, ``site``, ``name`` (path of the output without its ending) and, if labelled, ``label``.
@@ -56,7 +58,7 @@ def find_stream(
         ('clinic', 'clinic/eye')
     """
     source = os.fspath(source)
-    if source.endswith(".json"):
+    if source.endswith((".json", ".csv")):
         items = _from_datalist(source, datalist_key, labelled)
     elif os.path.isdir(source):
         items = _from_folder(Path(source), labelled)
@@ -85,18 +87,13 @@ def find_stream(
 
 
 def _from_datalist(path: str, key: str, labelled: bool) -> list[dict[str, Any]]:
-    try:
-        items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ValueError(f'{path} is not a datalist {{"{key}": [{{"image": ...}}, ...]}}: {error}') from error
+    items, site = (read_csv(path), Path(path).stem) if path.endswith(".csv") else (read_json(path, key), "")
     for item in items:
         if labelled and "label" not in item:
             raise ValueError(f"{item['image']} has no label in {path}: add its mask, or run without masks")
     # an image of several files, one per channel, is named by its first
     stems = [stem(ensure_tuple(item["image"])[0]) for item in items]
-    return [{"site": "", "name": os.path.join(i.get("site", ""), s), **i} for i, s in zip(items, stems, strict=True)]
+    return [{"site": site, "name": os.path.join(i.get("site", ""), s), **i} for i, s in zip(items, stems, strict=True)]
 
 
 def _from_folder(root: Path, labelled: bool) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from typing import Any
 
 from ignite.engine import Engine, Events
 from monai.inferers import SimpleInferer
@@ -17,7 +18,7 @@ from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.records import RecordFile, in_words
 from mgipt_monai.state_file import load_state, save_state
 
-from .stream_position import records_of, skip_done
+from .stream_position import records_of, site_of, skip_done
 
 __all__ = ["TestTimeAdaptationHandler"]
 
@@ -39,6 +40,8 @@ class TestTimeAdaptationHandler:
             stream must be the same. False starts the stream, and its files, anew.
         start_from: state file of an earlier stream whose adaptation this one continues; not with ``resume``.
         save_every: images between two savings of the state, which is also saved at the end.
+        reset_at_site: reset the method before an image whose site (the batch's ``site``) is not the site of the image
+            before it, be it one that failed, the last one of ``start_from`` or of the handler's earlier run.
 
     Raises:
         ValueError: at construction, for settings that exclude each other.
@@ -63,6 +66,7 @@ class TestTimeAdaptationHandler:
         resume: bool = False,
         start_from: str | os.PathLike | None = None,
         save_every: int = 1,
+        reset_at_site: bool = False,
     ) -> None:
         if resume and state_path is None:
             raise ValueError("resume needs state_path: the file that says where the stream stopped")
@@ -71,8 +75,8 @@ class TestTimeAdaptationHandler:
         if save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {save_every}")
         self.method, self.state_path, self.start_from = method, state_path, start_from
-        self.resume, self.save_every = resume, save_every
-        self._inferer = None
+        self.resume, self.save_every, self.reset_at_site = resume, save_every, reset_at_site
+        self._inferer = self._site = None
         self.records = None if record_path is None else RecordFile(record_path)
 
     def attach(self, engine: Engine) -> None:
@@ -91,7 +95,7 @@ class TestTimeAdaptationHandler:
             self._agree_on_method(engine)
         engine.adaptation_handler = self
         engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_STARTED, self._tick)
+        engine.add_event_handler(Events.ITERATION_STARTED, self._image_starts)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._image_done)
         if AdaptationEvents.IMAGE_FAILED in engine._allowed_events:
             engine.add_event_handler(AdaptationEvents.IMAGE_FAILED, self._image_done)
@@ -119,14 +123,12 @@ class TestTimeAdaptationHandler:
         self._agree_on_method(engine)
         position, rows = 0, []
         if self.resume and os.path.exists(self.state_path):
-            state = load_state(self.state_path)
-            self.method.load_adaptation_state(state["adaptation"])
-            position = state["position"]
+            position = self._take_up(self.state_path)["position"]
             rows = [] if self.records is None else self.records.keep(position)
             skip_done(engine, position, rows)
         else:
             if self.start_from is not None:
-                self.method.load_adaptation_state(load_state(self.start_from)["adaptation"])
+                self._take_up(self.start_from)
             if self.records is not None:
                 self.records.keep(0)
         summary = getattr(engine.state, "summary", None)
@@ -135,8 +137,21 @@ class TestTimeAdaptationHandler:
         self._note(position)
         self._inferer, engine.inferer = engine.inferer, AdaptiveInferer(self.method)
 
-    def _tick(self, _engine: Engine) -> None:
+    def _take_up(self, path: str | os.PathLike) -> dict[str, Any]:
+        """Load the adaptation, and the site of its latest image, from a state file; return all that the file holds."""
+        state = load_state(path)
+        self.method.load_adaptation_state(state["adaptation"])
+        if self.reset_at_site:
+            self._site = state.get("site")
+        return state
+
+    def _image_starts(self, engine: Engine) -> None:
         self._since = time.perf_counter()
+        if self.reset_at_site:
+            before, self._site = self._site, site_of(engine.state.batch)
+            # the evaluator takes the state that a failed image goes back to after this, so the reset stays
+            if before is not None and self._site != before:
+                self.method.reset()
 
     def _image_done(self, engine: Engine) -> None:
         rows = records_of(engine, self.method, time.perf_counter() - self._since)
@@ -151,7 +166,7 @@ class TestTimeAdaptationHandler:
 
     def _note(self, position: int) -> None:
         """Remember where the stream stands after a whole image: the only thing that is ever saved."""
-        self._done = {"adaptation": self.method.adaptation_state(), "position": position}
+        self._done = {"adaptation": self.method.adaptation_state(), "position": position, "site": self._site}
 
     def _save(self) -> None:
         if self.state_path is not None:
@@ -167,6 +182,7 @@ class TestTimeAdaptationHandler:
         logger.error("the stream stopped after %d images: %s", self._done["position"], root_cause(error))
         # an image that was cut off half-way must leave no trace
         self.method.load_adaptation_state(self._done["adaptation"])
+        self._site = self._done["site"]
         self._stop(engine)
         # ignite takes an exception as handled once a handler has seen it
         raise error

@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from ignite.engine import Engine
 from monai.data import DataLoader
+from monai.utils import ensure_tuple
 from torch.utils.data import SequentialSampler, Subset
 
 from mgipt_monai.methods.base import AdaptationMethod
 
-__all__ = ["records_of", "skip_done"]
+__all__ = ["records_of", "site_of", "skip_done"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,21 @@ def records_of(engine: Engine, method: AdaptationMethod, seconds: float) -> list
         row = {"name": str(meta.get("filename_or_obj", done["index"])), "site": "", "status": "ok"}
         rows.append({**row, **done, "seconds": seconds / len(items)})
     return rows
+
+
+def site_of(batch: Any) -> Any:
+    """Return the site that a batch's images are from.
+
+    Raises:
+        ValueError: if the batch does not say, or they are from several.
+    """
+    if not isinstance(batch, Mapping) or "site" not in batch:
+        raise ValueError("reset_at_site needs to know each image's site: give the data set's items a 'site'")
+    sites = batch["site"].tolist() if isinstance(batch["site"], torch.Tensor) else batch["site"]
+    site, *others = dict.fromkeys(ensure_tuple(sites))
+    if others:
+        raise ValueError(f"reset_at_site needs batch size 1: a batch has images of the sites {[site, *others]}")
+    return site
 
 
 def skip_done(engine: Engine, position: int, rows: list[dict[str, Any]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel as nib
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mgipt_monai
 from mgipt_monai import RecordFile
 from mgipt_monai.networks import ResUNet
 from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, ROOT, run_bundle
@@ -79,6 +81,22 @@ def test_inference_takes_a_glob_pattern_and_a_datalist(tmp_path: Path, demo_site
         run_bundle([INFERENCE], dataset_dir=source, output_dir=output, **QUICK)
         assert [row["name"] for row in RecordFile(output / "records.jsonl").read()] == [mask.removesuffix(".png")]
         assert (output / mask).is_file()
+
+
+def test_shuffled_rounds_write_masks_and_records_of_each_round(tmp_path: Path, demo_sites: Path) -> None:
+    settings = {"dataset_dir": demo_sites, "order": "shuffled", "rounds": 2, "limit": 2, "reset_at_site": True}
+    run_bundle([INFERENCE], output_dir=tmp_path, **settings, **QUICK)
+    images = [f"{site}/eye_00{i}" for site in ("cold_noisy", "warm_vignetted") for i in range(2)]
+    masks = sorted(str(path.relative_to(tmp_path).with_suffix("")) for path in tmp_path.rglob("*.png"))
+    assert masks == [*images[:2], *(f"round_2/{name}" for name in images), *images[2:]]
+    rows = RecordFile(tmp_path / "records.jsonl").read()
+    ordered = mgipt_monai.data.order_stream(mgipt_monai.data.find_stream(demo_sites, limit=2), "shuffled", rounds=2)
+    assert [(row["name"], row["site"], row["round"]) for row in rows] == [
+        (item["name"], item["site"], item["round"]) for item in ordered
+    ]
+    # the count of images since the latest reset starts anew with each change of site
+    borders = [i for i, (one, other) in enumerate(pairwise(rows), 1) if one["site"] != other["site"]]
+    assert [i for i, row in enumerate(rows) if row["index"] == 0] == [0, *borders]
 
 
 def test_evaluation_reports_the_figures_per_site(tmp_path: Path, demo_sites: Path) -> None:

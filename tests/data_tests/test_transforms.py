@@ -56,6 +56,7 @@ def test_failure_of_a_transform_comes_out_with_the_file_and_the_first_cause(tmp_
     item = {"image": str(tmp_path / "a.png"), "site": "S", "name": "S/a"}
     out = StreamDataset([item], Compose([Lambdad("image", broken)]))[0]
     assert out == {"name": "S/a", "site": "S", "failure": f"{tmp_path / 'a.png'}: too dark"}
+    assert StreamDataset([{**item, "round": 2}], Compose([Lambdad("image", broken)]))[0] == {**out, "round": 2}
 
 
 def test_each_file_of_an_image_of_several_is_checked(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a stream as a datalist in MONAI's form, from folders, CSV tables or other datalists.
+
+Run as ``python -m mgipt_monai.data.datalists SITES stream.json --labelled --order shuffled --rounds 3``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgipt_monai.data.stream_order import ORDERS, order_stream
+from mgipt_monai.data.streams import find_stream
+from mgipt_monai.state_file import atomic_path
+
+__all__ = ["write_datalist"]
+
+
+def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike, key: str = "testing") -> None:
+    """Write a stream that :func:`mgipt_monai.find_stream` reads back, as will MONAI's ``load_decathlon_datalist``.
+
+    Paths of images and masks are written relative to the file's folder where they lie below it, so that the folder can
+    be moved, and absolute elsewhere. All else of an item is written as it is.
+
+    Args:
+        items: images, such as those of :func:`mgipt_monai.find_stream` or :func:`mgipt_monai.order_stream`.
+        path: the file to write, its name ending in ``.json``.
+        key: the list's key in the file.
+
+    Raises:
+        ValueError: for another ending, by which the file would not be known as a datalist.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_datalist([{"image": str(folder / "eye.png"), "site": "A", "name": "A/eye"}], folder / "list.json")
+        >>> json.loads((folder / "list.json").read_text())
+        {'testing': [{'image': 'eye.png', 'site': 'A', 'name': 'A/eye'}]}
+    """
+    if not os.fspath(path).endswith(".json"):
+        raise ValueError(f"a datalist's name must end in .json, got {os.fspath(path)}")
+    folder = Path(os.path.abspath(path)).parent
+    written = [
+        {word: _portable(value, folder) if word in ("image", "label") else value for word, value in item.items()}
+        for item in items
+    ]
+    with atomic_path(path) as part:
+        part.write_text(json.dumps({key: written}, indent=2) + "\n", encoding="utf-8")
+
+
+def _portable(path: Any, folder: Path) -> Any:
+    if isinstance(path, (list, tuple)):
+        return [_portable(one, folder) for one in path]
+    path = Path(os.path.abspath(path))
+    return str(path.relative_to(folder) if path.is_relative_to(folder) else path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a datalist as told on the command line and print one line for each site."""
+    parser = argparse.ArgumentParser(description="Write a stream of images as a datalist in MONAI's JSON form.")
+    parser.add_argument("source", help="a folder, a glob pattern or a list of images (JSON, CSV)")
+    parser.add_argument("out", help="the JSON file to write")
+    parser.add_argument("--sites", help="comma-separated, the sites to take in this order (default all)")
+    parser.add_argument("--labelled", action="store_true", help="each image has a mask")
+    parser.add_argument("--limit", type=int, help="images of each site at most (default all)")
+    parser.add_argument("--order", choices=ORDERS, default="sites", help="default %(default)s")
+    parser.add_argument("--rounds", type=int, default=1, help="how often the stream comes (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default %(default)s)")
+    options = parser.parse_args(arguments)
+    sites = options.sites and [site.strip() for site in options.sites.split(",")]
+    try:
+        items = find_stream(options.source, sites, options.labelled, options.limit)
+        items = order_stream(items, options.order, options.rounds, options.seed)
+        write_datalist(items, options.out)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for site, count in Counter(item["site"] for item in items).items():
+        print(f"{site}: {count} images in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from monai.data import load_decathlon_datalist
+
+from mgipt_monai.data import find_stream, order_stream
+from mgipt_monai.data.datalists import main, write_datalist
+
+
+def csv_file(folder: Path, text: str, name: str = "list.csv", encoding: str = "utf-8") -> Path:
+    (folder / name).write_text(text, encoding=encoding)
+    return folder / name
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> Path:
+    """Two sites of two images each, with masks."""
+    root = tmp_path / "sites"
+    for site in ("east", "west"):
+        for kind in ("images", "masks"):
+            (root / site / kind).mkdir(parents=True)
+            for name in ("a.png", "b.png"):
+                (root / site / kind / name).touch()
+    return root
+
+
+def test_csv_has_images_masks_sites_and_names(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "image,label,site,name\nx/b.png,m/b.png,S,one\n/data/a.png,/data/m.png,T,two\n")
+    assert find_stream(path, labelled=True) == [
+        {"image": str(tmp_path / "x/b.png"), "label": str(tmp_path / "m/b.png"), "site": "S", "name": "one"},
+        {"image": "/data/a.png", "label": "/data/m.png", "site": "T", "name": "two"},
+    ]
+
+
+def test_csv_of_images_alone_is_one_site_of_the_files_name(tmp_path: Path) -> None:
+    items = find_stream(csv_file(tmp_path, "image\n../b.png\na.nii.gz\n", name="clinic.csv"))
+    assert items == [
+        {"image": str(tmp_path.parent / "b.png"), "site": "clinic", "name": "b"},
+        {"image": str(tmp_path / "a.nii.gz"), "site": "clinic", "name": "a"},
+    ]
+
+
+def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
+    # a mark before the text, quotes, blanks after commas, a column of the user's, empty cells, an empty line
+    text = '"image", mask, age, site\r\n"a, b.png", m.png, 61, S\r\n\r\nc.png,,,\r\n'
+    items = find_stream(csv_file(tmp_path, text, encoding="utf-8-sig"))
+    assert items == [
+        {"image": str(tmp_path / "a, b.png"), "label": str(tmp_path / "m.png"), "site": "S", "name": "S/a, b"},
+        {"image": str(tmp_path / "c.png"), "site": "list", "name": "c"},
+    ]
+
+
+def test_sites_and_limit_hold_for_csv(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "image,site\na.png,S\nb.png,T\nc.png,T\n")
+    assert [item["name"] for item in find_stream(path, sites=["T", "S"], limit=1)] == ["T/b", "S/a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"list.csv is empty: its first line must name the columns"),
+        ("img;label\na.png;b.png\n", r"list.csv has no column image: its first line is 'img;label'"),
+        ("image,label\n,m.png\n", r"list.csv has no image in line 2"),
+        ("site,image\nS\n", r"list.csv has no image in line 2"),
+        ("image,label\na.png,m.png\nb.png,\n", r"b.png has no label in .*list.csv"),
+        ("image\na.png\n", r"a.png has no label in .*list.csv"),
+        ("image,mask,name\na.png,m.png,one\nb.png,m.png,one\n", r"a.png and .*b.png would both be written as one"),
+    ],
+)
+def test_wrong_csv_is_named_with_what_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_stream(csv_file(tmp_path, text), labelled=True)
+
+
+def test_csv_or_datalist_that_is_absent_or_has_no_image_is_named(tmp_path: Path) -> None:
+    for name in ("absent.csv", "absent.json"):
+        with pytest.raises(FileNotFoundError, match=name):
+            find_stream(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=r"no image found at .*list.csv"):
+        find_stream(csv_file(tmp_path, "image\n"))
+
+
+def test_datalist_entry_without_image_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps({"testing": [{"label": "a.png"}]}))
+    with pytest.raises(ValueError, match=r"list.json is not a datalist .* no image"):
+        find_stream(tmp_path / "list.json")
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("place", ["sites/list.json", "lists/list.json", "list.json"])
+def test_written_datalist_is_read_back_to_the_same_items(
+    place: str, labelled: bool, sites: Path, tmp_path: Path
+) -> None:
+    # beside the sites' folders too, where a site's name is also the name of something in the list's folder
+    for items in (
+        find_stream(sites, labelled=labelled),
+        order_stream(find_stream(sites, labelled=labelled), "shuffled", rounds=2),
+    ):
+        write_datalist(items, tmp_path / place)
+        assert find_stream(tmp_path / place, labelled=labelled) == items
+
+
+def test_list_of_another_key_is_read_back_by_it(sites: Path, tmp_path: Path) -> None:
+    write_datalist(find_stream(sites), tmp_path / "list.json", key="validation")
+    assert find_stream(tmp_path / "list.json", datalist_key="validation") == find_stream(sites)
+    with pytest.raises(ValueError, match="testing"):
+        find_stream(tmp_path / "list.json")
+
+
+def test_paths_below_the_datalist_are_relative_and_move_with_it(sites: Path, tmp_path: Path) -> None:
+    write_datalist(find_stream(sites, labelled=True), sites / "list.json")
+    entries = json.loads((sites / "list.json").read_text())["testing"]
+    assert entries[0] == {
+        "image": "east/images/a.png",
+        "label": "east/masks/a.png",
+        "site": "east",
+        "name": "east/a",
+    }
+    moved = sites.rename(tmp_path / "moved")
+    assert find_stream(moved / "list.json", labelled=True) == find_stream(moved, labelled=True)
+
+
+def test_paths_elsewhere_are_absolute_whatever_they_were(sites: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_datalist(find_stream("sites"), "lists/list.json")
+    assert find_stream(tmp_path / "lists" / "list.json") == find_stream(sites)
+
+
+def test_image_of_several_files_is_written_and_read_back(tmp_path: Path) -> None:
+    files = [str(tmp_path / "a_t1.nii"), os.path.abspath(os.sep + "far/a_t2.nii")]
+    items = [{"image": files, "site": "", "name": "a"}]
+    write_datalist(items, tmp_path / "list.json")
+    assert json.loads((tmp_path / "list.json").read_text())["testing"][0]["image"] == ["a_t1.nii", files[1]]
+    assert find_stream(tmp_path / "list.json") == items
+
+
+def test_monai_reads_the_datalist(sites: Path, tmp_path: Path) -> None:
+    items = order_stream(find_stream(sites, labelled=True), rounds=2)
+    write_datalist(items, tmp_path / "list.json")
+    assert load_decathlon_datalist(tmp_path / "list.json", data_list_key="testing") == items
+
+
+def test_datalist_of_another_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must end in .json, got .*list.txt"):
+        write_datalist([], tmp_path / "list.txt")
+
+
+def test_command_writes_what_the_functions_give(sites: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out.json"
+    main([str(sites), str(out)])
+    assert find_stream(out) == order_stream(find_stream(sites))
+    limits = ["--sites", "west,east", "--limit", "1", "--labelled"]
+    main([str(sites), str(out), *limits, "--order", "shuffled", "--rounds", "3", "--seed", "5"])
+    items = find_stream(sites, sites=["west", "east"], labelled=True, limit=1)
+    assert find_stream(out, labelled=True) == order_stream(items, "shuffled", rounds=3, seed=5)
+    assert f"east: 3 images in {out}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--sites", "north"], "no image of site north"),
+        (["--rounds", "0"], "rounds must be at least 1, got 0"),
+        (["--order", "random"], "invalid choice: 'random'"),
+    ],
+)
+def test_command_says_what_is_wrong(
+    options: list[str], message: str, sites: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit):
+        main([str(sites), str(tmp_path / "out.json"), *options])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
