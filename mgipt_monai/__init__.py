@@ -9,6 +9,7 @@ from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEva
 from .handlers import TestTimeAdaptationHandler
 from .inferers import AdaptiveInferer
 from .methods import MGIPT, SAR, VPTTA, AdaptationMethod, BatchNormAdaptation, CoTTA, GraTa, Source, Tent
+from .networks import SourceStatistics, measure_source_statistics
 from .records import RecordFile
 from .state_file import load_state, save_state
 from .summary import StreamSummary
@@ -28,6 +29,7 @@ __all__ = [
     "GraTa",
     "RecordFile",
     "Source",
+    "SourceStatistics",
     "StreamFailedError",
     "StreamSummary",
     "StreamingAdaptationEvaluator",
@@ -38,6 +40,7 @@ __all__ = [
     "handlers",
     "load_source_weights",
     "load_state",
+    "measure_source_statistics",
     "methods",
     "networks",
     "order_stream",

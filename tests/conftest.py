@@ -36,6 +36,30 @@ def tiny_network(spatial_dims: int = 2, in_channels: int = 3, out_channels: int 
     return network
 
 
+class MixedNet(nn.Module):
+    """One instance, one group and one layer norm, which store no statistics, behind a convolution each."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)])
+        self.instance, self.group, self.layer = nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.instance(self.convs[0](x)).relu()
+        x = self.group(self.convs[1](x)).relu()
+        x = self.layer(self.convs[2](x).movedim(1, -1)).movedim(-1, 1)
+        return self.head(x)
+
+    def norm_inputs(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What goes into each norm layer, (B, 4, H, W)."""
+        taken = {"instance": self.convs[0](x)}
+        taken["group"] = self.convs[1](self.instance(taken["instance"]).relu())
+        taken["layer"] = self.convs[2](self.group(taken["group"]).relu())
+        return taken
+
+
 def stream(count: int, size: int = 24, channels: int = 3, dims: int = 2, seed: int = 0) -> list[torch.Tensor]:
     """Smooth random images (1, channels, size, ...) in [0, 1]."""
     generator = torch.Generator().manual_seed(seed)

@@ -106,6 +106,8 @@ class AdaptationMethod(nn.Module, ABC):
         self.images_seen = 0
         self.last = []
         self._reset()
+        # the network may have got other weights since it was bound
+        self._bound()
 
     def adaptation_state(self) -> dict[str, Any]:
         """Return what lasts from image to image: a dict of tensors (copies, on the CPU) and plain types, no network."""
@@ -146,7 +148,7 @@ class AdaptationMethod(nn.Module, ABC):
         """Adapt to one image (1, C, \\*spatial); return its logits and the record of what was done."""
 
     def _bound(self) -> None:
-        """Take up the new ``self.network``."""
+        """Take up ``self.network``, which is new or may have new weights."""
 
     def _reset(self) -> None:
         """Forget what the method keeps between images."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment import AlignedNorms
+from mgipt_monai.networks.norm_layers import NEEDS_BATCH_NORM, find_norm_layers
 
 from .base import AdaptationMethod
 
@@ -47,4 +48,6 @@ class BatchNormAdaptation(AdaptationMethod):
             return self.norms.predict(image, "calibrated"), {"forwards": 1, "backwards": 0}
 
     def _bound(self) -> None:
+        # other norm layers have no statistics to take the place of, so a file would not help
+        find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight)

@@ -136,8 +136,8 @@ class CoTTA(WeightAdaptation):
         return {name for name, _ in self.network.named_parameters()}
 
     def _bound(self) -> None:
-        self.anchor = AlignedNorms(self.network, self.aligned_layers)
         super()._bound()
+        self.anchor = AlignedNorms(self.network, self.aligned_layers)
 
     def _adapt(self, adapted: StudentAndTeacher, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         self.anchor.forwards = adapted.teacher.forwards = 0

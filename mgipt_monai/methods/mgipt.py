@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from mgipt_monai.networks.ensemble import ConfidenceEnsemble
 from mgipt_monai.networks.global_prompts import GlobalPrompts
 from mgipt_monai.networks.instance_prompt import InstancePrompt
 from mgipt_monai.networks.jitter import PhotometricJitter
+from mgipt_monai.networks.source_statistics import SourceStatistics, read_statistics
 
 from .base import AdaptationMethod
 
@@ -34,12 +36,16 @@ class MGIPT(AdaptationMethod):
     prompts counts as one more).
 
     Args:
-        network: any network with batch norm that stores its statistics; frozen, in evaluation mode.
+        network: any network with batch norm that stores its statistics, or any at all with ``statistics``; frozen, in
+            evaluation mode.
         instance_prompt: AIP (Eq. 3 and 4); None builds one from ``lr``, ``steps`` and ``instance_sizes``.
         global_prompts: MGP (Eq. 5); None builds them from ``lr`` and ``global_sizes``.
         ensemble: fuses the predictions (Eq. 7); None takes the published factors.
         jitter: the view of the consistency check: a callable from image to image (1, C, \\*spatial). A MONAI
             ``Randomizable`` is seeded with (seed, image index) for each image. None takes :class:`PhotometricJitter`.
+        statistics: what to align with where the network stores no statistics, or instead of them: a statistics file or
+            its content, see :func:`measure_source_statistics`. That it belongs to the network's weights is checked at
+            the first image after construction, :meth:`bind` or :meth:`reset`, not at each.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
         tuning: how the network normalises while prompts are tuned. ``instance`` is the paper's; ``released`` is
@@ -52,7 +58,8 @@ class MGIPT(AdaptationMethod):
         global_sizes: sides of the global prompts (3, 5, 7); empty leaves them out.
 
     Raises:
-        ValueError: at construction, for a setting out of range, or a network without usable norm layers.
+        ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
+            image, for a statistics file of other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -70,6 +77,7 @@ class MGIPT(AdaptationMethod):
         ensemble: ConfidenceEnsemble | None = None,
         jitter: Callable[[Tensor], Tensor] | None = None,
         *,
+        statistics: SourceStatistics | str | os.PathLike | None = None,
         aligned_layers: str | None = None,
         source_weight: float = 0.8,
         tuning: Tuning = "instance",
@@ -84,6 +92,7 @@ class MGIPT(AdaptationMethod):
             raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}; got {tuning!r}")
         check_head(head)
         self.aligned_layers, self.source_weight = aligned_layers, source_weight
+        self.statistics = read_statistics(statistics)
         super().__init__(network)
         self.tuning, self.head, self.seed = tuning, head, seed
         self.instance_prompt = _build(
@@ -163,7 +172,7 @@ class MGIPT(AdaptationMethod):
             return consistency_score(logits, jittered_logits, self.head)
 
     def _bound(self) -> None:
-        self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight)
+        self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics)
 
     def _reset(self) -> None:
         self.instance_prompt.reset()

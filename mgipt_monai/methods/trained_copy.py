@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment import AlignedNorms
-from mgipt_monai.networks.norm_layers import find_norm_layers
+from mgipt_monai.networks.norm_layers import NEEDS_BATCH_NORM, find_norm_layers
 
 __all__ = ["TrainedCopy", "load_weights", "norm_affine_names"]
 
@@ -23,7 +23,7 @@ def norm_affine_names(network: nn.Module, layers: str | None = None) -> set[str]
     Raises:
         ValueError: if there is no batch norm with stored statistics, or none of them has weights.
     """
-    found = find_norm_layers(network, layers)
+    found = find_norm_layers(network, layers, NEEDS_BATCH_NORM)
     affine = {id(parameter) for layer in found.values() for parameter in layer.parameters(recurse=False)}
     names = {name for name, parameter in network.named_parameters() if id(parameter) in affine}
     if not names:

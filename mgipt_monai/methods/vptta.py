@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 from mgipt_monai.networks.blended_norms import BlendedNorms
 from mgipt_monai.networks.frequency_prompt import LowFrequencies
 from mgipt_monai.networks.prompt_step import check_step, loss_gradient
+from mgipt_monai.networks.source_statistics import SourceStatistics, read_statistics
 
 from .base import AdaptationMethod
 
@@ -38,7 +40,8 @@ class VPTTA(AdaptationMethod):
     last along the stream as well.
 
     Args:
-        network: any network with batch norm that stores its statistics; frozen, in evaluation mode.
+        network: any network with batch norm that stores its statistics, or any at all with ``statistics``; frozen, in
+            evaluation mode.
         lr: learning rate (0.05; 0.01 for polyps).
         betas: Adam's betas.
         side: side of the prompt; the released rule is ``max(1, int(image_side * 0.01))``.
@@ -48,10 +51,12 @@ class VPTTA(AdaptationMethod):
         centred: whether the prompt's block is centred on the zero frequency (see :class:`LowFrequencies`).
         start: what a prompt starts from once there are enough neighbours: ``memory`` is the published mix of the
             prompts of the most similar images, ``latest`` the previous image's prompt (see :meth:`released`).
+        statistics: a statistics file or its content, see :class:`MGIPT`; its part of the blend is the source's.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
 
     Raises:
-        ValueError: at construction, for a setting out of range, or a network without usable norm layers.
+        ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
+            image, for a statistics file of other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -72,6 +77,7 @@ class VPTTA(AdaptationMethod):
         warm_n: float = 5,
         centred: bool = True,
         start: Start = "memory",
+        statistics: SourceStatistics | str | os.PathLike | None = None,
         aligned_layers: str | None = None,
     ) -> None:
         check_step(lr, betas)
@@ -84,7 +90,7 @@ class VPTTA(AdaptationMethod):
             raise ValueError(f"warm_n must be above 0, got {warm_n}")
         if start not in get_args(Start):
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
-        self.aligned_layers = aligned_layers
+        self.aligned_layers, self.statistics = aligned_layers, read_statistics(statistics)
         super().__init__(network)
         self.lr, self.betas, self.side, self.centred = lr, tuple(betas), side, centred
         self.memory_size, self.neighbours, self.warm_n, self.start = memory_size, neighbours, warm_n, start
@@ -150,7 +156,7 @@ class VPTTA(AdaptationMethod):
         return prompt.detach()
 
     def _bound(self) -> None:
-        self.norms = BlendedNorms(self.network, self.aligned_layers)
+        self.norms = BlendedNorms(self.network, self.aligned_layers, statistics=self.statistics)
 
     def _reset(self) -> None:
         self.amplitudes: list[Tensor] = []

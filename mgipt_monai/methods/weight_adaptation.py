@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mgipt_monai.networks.early_stop import Head, check_head
+from mgipt_monai.networks.norm_layers import NEEDS_BATCH_NORM, find_norm_layers
 
 from .base import AdaptationMethod
 from .trained_copy import TrainedCopy, norm_affine_names
@@ -77,7 +78,9 @@ class WeightAdaptation(AdaptationMethod):
         return int(np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0])
 
     def _bound(self) -> None:
-        self._weight_names()  # a network that cannot be adapted is refused at construction
+        # a network that cannot be adapted is refused at construction
+        find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
+        self._weight_names()
         if self.adapted is not None:
             self._load_state(self._state())
 

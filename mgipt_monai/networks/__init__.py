@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from .alignment import AlignedNorms, alignment_loss
+from .aligned_layer import alignment_loss
+from .alignment import AlignedNorms
 from .blended_norms import BlendedNorms
 from .calibration import calibrate, instance_statistics, normalize
 from .early_stop import consistency_score, got_worse
@@ -12,8 +13,10 @@ from .frequency_prompt import FrequencyPrompt, LowFrequencies
 from .global_prompts import GlobalPrompts
 from .instance_prompt import InstancePrompt, InstanceTuning
 from .jitter import PhotometricJitter
-from .norm_layers import find_norm_layers
+from .measure_source import measure_source_statistics
+from .norm_layers import find_measurable_layers, find_norm_layers
 from .resunet import ResUNet
+from .source_statistics import LayerStatistics, SourceStatistics
 
 __all__ = [
     "AlignedNorms",
@@ -23,14 +26,18 @@ __all__ = [
     "GlobalPrompts",
     "InstancePrompt",
     "InstanceTuning",
+    "LayerStatistics",
     "LowFrequencies",
     "PhotometricJitter",
     "ResUNet",
+    "SourceStatistics",
     "alignment_loss",
     "calibrate",
     "consistency_score",
+    "find_measurable_layers",
     "find_norm_layers",
     "got_worse",
     "instance_statistics",
+    "measure_source_statistics",
     "normalize",
 ]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Alignment (Eq. 2): a frozen network whose norm layers measure how far an image is from the source.
 
-:class:`AlignedNorms` puts its own forward over the chosen norm layers while it is attached. Classes, weights, buffers
-and state-dict keys stay as they are, and ``detach`` leaves no trace.
+:class:`AlignedNorms` puts its own forward over the chosen layers while it is attached. Classes, weights, buffers and
+state-dict keys stay as they are, and ``detach`` leaves no trace.
 """
 
 from __future__ import annotations
@@ -14,67 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .calibration import Normalization, calibrate, check_normalization, instance_statistics, normalize
-from .norm_layers import find_norm_layers
+from .aligned_layer import AlignedLayer
+from .calibration import Normalization, check_normalization
+from .norm_layers import find_listed_layers, find_norm_layers
+from .source_statistics import SourceStatistics
 
-__all__ = ["AlignedNorms", "alignment_loss"]
-
-
-def alignment_loss(mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> Tensor:
-    """Distance of a layer's input statistics from the source's (Eq. 2).
-
-    Args:
-        mean: (B, C).
-        std: (B, C).
-        source_mean: (C,).
-        source_std: (C,).
-
-    Returns:
-        One loss per sample (B,): mean over the channels of the absolute differences of mean and of deviation.
-    """
-    return (mean - source_mean).abs().mean(dim=1) + (std - source_std).abs().mean(dim=1)
-
-
-class _AlignedForward:
-    """What one norm layer does while it is attached. A bound method of it survives deepcopy and pickle."""
-
-    def __init__(self, norms: AlignedNorms, layer: nn.Module) -> None:
-        self.norms = norms
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        norms, layer = self.norms, self.layer
-        # without spatial axes there are no statistics of one sample
-        if x.ndim < 3 or (norms.normalization == "source" and norms.losses is None):
-            return type(layer).forward(layer, x)
-        return self.align(x)
-
-    def align(self, x: Tensor) -> Tensor:
-        """Measure the layer's loss where losses are collected, and normalise. Another alignment overrides this."""
-        norms, layer = self.norms, self.layer
-        source_mean, source_std = layer.running_mean, layer.running_var.sqrt()
-        mean, std = instance_statistics(x)
-        if norms.losses is not None:
-            norms.losses.append(alignment_loss(mean, std, source_mean, source_std))
-        if norms.normalization == "source":
-            return type(layer).forward(layer, x)
-        variance = std.square()
-        if norms.normalization == "calibrated":
-            mean, variance = calibrate(mean, std, source_mean, source_std, norms.source_weight)
-        return normalize(x, mean, variance, layer)
+__all__ = ["AlignedNorms"]
 
 
 class AlignedNorms:
     """The norm layers of a frozen network, able to normalise in three ways and to measure the alignment loss.
 
+    Layers that store statistics (batch norm) normalise as is chosen, always with what they store in the blend. Others
+    keep their own forward, whatever is chosen, and their features are measured.
+
     Args:
-        network: a network with batch norm; it is not changed until :meth:`attach`.
-        layers: regular expression on the dotted names of the layers to align; None aligns all. The others keep
-            normalising with their stored statistics and add nothing to the loss.
+        network: a network with batch norm, or any with ``statistics``; it is not changed until :meth:`attach`.
+        layers: regular expression on the dotted names of the layers to align; None aligns all: those that store
+            statistics, or those in ``statistics``. The others do as always and add nothing to the loss.
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
+        statistics: what the loss aligns with; None takes what the layers store. Whether it was made for the network's
+            weights is checked at the first forward.
 
     Raises:
-        ValueError: if no layer can be aligned, or ``source_weight`` is outside [0, 1].
+        ValueError: if no layer can be aligned, ``source_weight`` is outside [0, 1], or, at the first forward, the
+            statistics are of other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
@@ -84,26 +48,39 @@ class AlignedNorms:
         (torch.Size([2]), torch.Size([2, 4, 14, 14]))
     """
 
-    layer_forward = _AlignedForward
+    layer_forward = AlignedLayer
 
-    def __init__(self, network: nn.Module, layers: str | None = None, source_weight: float = 0.8) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: str | None = None,
+        source_weight: float = 0.8,
+        statistics: SourceStatistics | None = None,
+    ) -> None:
         if not 0 <= source_weight <= 1:
             raise ValueError(f"source_weight must be in [0, 1], got {source_weight}")
         self.network = network
-        self.layers = find_norm_layers(network, layers)
+        if statistics is None:
+            self.layers = find_norm_layers(network, layers)
+        else:
+            self.layers = find_listed_layers(network, statistics.layers, layers)
         self.source_weight = source_weight
+        self.statistics = statistics
+        self.targets: dict[str, tuple[Tensor, Tensor]] = {}
+        self.images = 0
         self.normalization: Normalization = "source"
         self.losses: list[Tensor] | None = None
         self.forwards = 0
         self._covered: list[tuple[nn.Module, Any]] | None = None
+        self._ready_on: torch.device | None = None
 
     def attach(self) -> None:
         """Put the aligned forward over the chosen layers (once). They act as before until a normalisation is chosen."""
         if self._covered is not None:
             return
         self._covered = [(layer, layer.__dict__.get("forward")) for layer in self.layers.values()]
-        for layer in self.layers.values():
-            layer.forward = self.layer_forward(self, layer).forward
+        for name, layer in self.layers.items():
+            layer.forward = self.layer_forward(self, name).forward
 
     def detach(self) -> None:
         """Give the layers the forward back that they had; without effect where nothing is attached."""
@@ -114,14 +91,17 @@ class AlignedNorms:
         self._covered = None
 
     @contextmanager
-    def _using(self, normalization: Normalization, losses: list[Tensor] | None) -> Iterator[None]:
+    def _using(self, images: Tensor, normalization: Normalization, losses: list[Tensor] | None) -> Iterator[None]:
         check_normalization("normalization", normalization)
         if self.network.training:
             raise RuntimeError("the network is in training mode, it would change its own statistics: call eval() first")
+        if self.statistics is not None and self._ready_on != images.device:
+            self._take_up(self.statistics, images.device)
         was_attached = self._covered is not None
         if not was_attached:
             self.attach()
-        self.normalization, self.losses = normalization, losses
+        self.normalization, self.losses, self.images = normalization, losses, len(images)
+        self.forwards += len(images)
         try:
             yield
         finally:
@@ -129,10 +109,18 @@ class AlignedNorms:
             if not was_attached:
                 self.detach()
 
+    def _take_up(self, statistics: SourceStatistics, device: torch.device) -> None:
+        """Check the statistics and bring them to where the images are: not at each image, it reads all weights."""
+        statistics.check(self.network)
+        self.targets = {
+            name: (statistics.layers[name].mean.to(device), statistics.layers[name].std.to(device))
+            for name in self.layers
+        }
+        self._ready_on = device
+
     def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network, one forward per image: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
-        with self._using(normalization, None):
-            self.forwards += len(images)
+        with self._using(images, normalization, None):
             return self.network(images)
 
     def loss(self, images: Tensor, normalization: Normalization = "instance") -> Tensor:
@@ -149,8 +137,7 @@ class AlignedNorms:
             One loss per image (B,), differentiable with respect to the images.
         """
         losses: list[Tensor] = []
-        with self._using(normalization, losses):
-            self.forwards += len(images)
+        with self._using(images, normalization, losses):
             self.network(images)
         if not losses:
             raise RuntimeError(f"none of the aligned layers took part in the forward: {', '.join(self.layers)}")

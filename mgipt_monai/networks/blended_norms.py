@@ -5,37 +5,41 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .alignment import AlignedNorms, _AlignedForward, alignment_loss
-from .calibration import calibrate, instance_statistics, normalize
+from .aligned_layer import AlignedLayer
+from .alignment import AlignedNorms
+from .calibration import calibrate
 
 __all__ = ["BlendedNorms"]
 
 
-class _BlendedForward(_AlignedForward):
-    def align(self, x: Tensor) -> Tensor:
-        norms, layer = self.norms, self.layer
-        if norms.normalization != "calibrated":
-            return super().align(x)
-        mean, std = instance_statistics(x)
-        # the blend is a goal and not a way to get there: no gradient flows through it, neither here nor below
-        target_mean, target_variance = calibrate(
-            mean.detach(), std.detach(), layer.running_mean, layer.running_var.sqrt(), norms.source_weight
-        )
-        if norms.losses is not None:
-            norms.losses.append(alignment_loss(mean, std, target_mean, target_variance.sqrt()))
-        return normalize(x, target_mean, target_variance, layer)
+class _BlendedLayer(AlignedLayer):
+    # the blend is a goal and not a way to get there: no gradient flows through it, neither here nor below
+
+    def target(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        source = super().target(mean, std)
+        if self.norms.normalization != "calibrated":
+            return source
+        target_mean, target_variance = calibrate(mean.detach(), std.detach(), *source, self.norms.source_weight)
+        return target_mean, target_variance.sqrt()
+
+    def blend(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        if self.norms.normalization == "calibrated":
+            mean, std = mean.detach(), std.detach()
+        return super().blend(mean, std)
 
 
 class BlendedNorms(AlignedNorms):
     """Norm layers that, where they normalise ``calibrated``, are aligned with the very blend they normalise with.
 
     The blend's mean and variance are ``source_weight * source + (1 - source_weight) * image`` and carry no gradient.
-    The logits are those of :class:`AlignedNorms`; under another normalisation the loss is as well.
+    The logits are those of :class:`AlignedNorms`; under another normalisation the loss is as well. With ``statistics``
+    the source's part of the target is theirs, also at layers that keep their own forward.
 
     Args:
         network: see :class:`AlignedNorms`.
         layers: see :class:`AlignedNorms`.
         source_weight: share of the source in the blend; may be set anew for each image.
+        statistics: see :class:`AlignedNorms`.
 
     Example:
         >>> import torch
@@ -46,4 +50,4 @@ class BlendedNorms(AlignedNorms):
         True
     """
 
-    layer_forward = _BlendedForward
+    layer_forward = _BlendedLayer

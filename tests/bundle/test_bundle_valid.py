@@ -103,14 +103,18 @@ def test_shipped_weights_fit_the_network_strictly() -> None:
 
 
 # train.yaml is left out, it brings a trainer and so most of its keys with it
-OVERLAYS = [*ROOT.glob("configs/**/*.yaml"), CONFIGS / "evaluate.yaml"]
+OVERLAYS = [*ROOT.glob("configs/**/*.yaml"), CONFIGS / "evaluate.yaml", CONFIGS / "calibrate.yaml"]
 
 
 @pytest.mark.parametrize("path", sorted(OVERLAYS), ids=lambda path: path.name)
 def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
     # MONAI takes unknown keys in silence, so that a typing error would have no effect
     known = set(yaml.safe_load((CONFIGS / "inference.yaml").read_text()))
-    own = {"evaluate.yaml": {"mask_ranges", "mask_background", "metrics"}, "fundus_odoc.yaml": {"mask_coding"}}
+    own = {
+        "evaluate.yaml": {"mask_ranges", "mask_background", "metrics"},
+        "calibrate.yaml": {"statistics"},
+        "fundus_odoc.yaml": {"mask_coding"},
+    }
     allowed = known | own["evaluate.yaml"] | own.get(path.name, set())
     keys = {key.lstrip("+").split("#")[0] for key in yaml.safe_load(path.read_text())}
     assert keys <= allowed

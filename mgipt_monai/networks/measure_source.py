@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration step: run the source network once over source images and measure its layers' features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from mgipt_monai.fingerprint import fingerprint
+
+from .calibration import instance_statistics
+from .layer_features import layer_features
+from .norm_layers import find_measurable_layers
+from .source_statistics import LayerStatistics, SourceStatistics
+
+__all__ = ["measure_source_statistics"]
+
+
+def measure_source_statistics(
+    network: nn.Module,
+    images: Iterable[Tensor | Mapping[str, Any]],
+    layers: str | None = None,
+    device: torch.device | str | None = None,
+) -> SourceStatistics:
+    """Measure what source images look like inside a network, at every norm layer or else every convolution.
+
+    The network runs in evaluation mode, one forward per image, and is as it was afterwards. No image is kept.
+
+    Args:
+        network: the plain source network with its trained weights.
+        images: batches (B, C, \\*spatial), or dicts with such a batch under ``image``, as a MONAI ``DataLoader`` gives;
+            of the site that the network was trained on, prepared as for inference.
+        layers: regular expression on the names of the layers to measure; None measures all.
+        device: where the network is; None takes the device of its first parameter.
+
+    Raises:
+        ValueError: if there is no image or no layer to measure, an image has NaN or infinite values, or the network
+            makes such values of it.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> statistics = measure_source_statistics(network, [torch.rand(2, 3, 16, 16), torch.rand(1, 3, 9, 9)])
+        >>> statistics.images, list(statistics.layers), statistics.layers["1"].mean.shape
+        (3, ['1'], torch.Size([4]))
+    """
+    chosen = find_measurable_layers(network, layers)
+    if device is None:
+        device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
+    moments = {name: _Moments() for name in chosen}
+    modes = {module: module.training for module in network.modules()}
+    hooks = [layer.register_forward_hook(partial(_observe, moments[name])) for name, layer in chosen.items()]
+    count = 0
+    try:
+        network.eval()
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            for count, image in enumerate(_one_by_one(images, device), start=1):
+                if not torch.isfinite(image).all():
+                    raise ValueError(f"source image {count} has NaN or infinite values: repair or leave out the file")
+                network(image)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise ValueError("there are no source images to measure")
+    measured = {name: each.statistics() for name, each in moments.items() if each.count}
+    if not measured:
+        raise ValueError(f"none of the layers sees features with spatial axes: {', '.join(chosen)}")
+    return SourceStatistics(measured, count, fingerprint(network))
+
+
+class _Moments:
+    """Mean and standard deviation of what was added so far (Welford's way), in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    def add(self, value: Tensor) -> None:
+        self.count += 1
+        change = value - self.mean
+        self.mean = self.mean + change / self.count
+        self.squares = self.squares + change * (value - self.mean)
+
+    def statistics(self) -> LayerStatistics:
+        spread = (self.squares / max(self.count - 1, 1)).sqrt()
+        (mean, std), (mean_spread, std_spread) = self.mean.float(), spread.float()
+        return LayerStatistics(mean, mean_spread, std, std_spread)
+
+
+def _observe(moments: _Moments, layer: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
+    features = layer_features(layer, taken[0], given, images=1)
+    if features is not None:
+        mean, std = instance_statistics(features)
+        moments.add(torch.cat([mean, std]).cpu().double())
+
+
+def _one_by_one(batches: Iterable[Tensor | Mapping[str, Any]], device: torch.device | str) -> Iterable[Tensor]:
+    for batch in batches:
+        if isinstance(batch, Mapping) and "image" not in batch:
+            raise ValueError(f"a batch has no image: {dict(batch)}")
+        image = batch["image"] if isinstance(batch, Mapping) else batch
+        yield from convert_to_tensor(image, dtype=torch.float32, device=device, track_meta=False).split(1)
