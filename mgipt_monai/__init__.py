@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from . import data, handlers, methods, networks
+from .benchmark import Benchmark
 from .data import find_stream, order_stream
 from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import TestTimeAdaptationHandler
@@ -25,6 +26,7 @@ __all__ = [
     "AdaptationMethod",
     "AdaptiveInferer",
     "BatchNormAdaptation",
+    "Benchmark",
     "CoTTA",
     "GraTa",
     "RecordFile",

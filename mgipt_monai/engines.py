@@ -17,11 +17,11 @@ from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
-from monai.utils import CommonKeys
 from torch import nn
 
 from .data.stream_dataset import FAILURE, PLACE
 from .errors import root_cause
+from .image_measures import ImageMeasures
 from .state_file import atomic_path
 from .summary import StreamSummary
 
@@ -58,6 +58,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         network: the source network.
         inferer: an :class:`AdaptiveInferer`, or any inferer to run without adaptation.
         image_metrics: name to MONAI metric (``reduction="none"``), computed per image where there is a label.
+        probability_metrics: likewise of the probability map, which the postprocessing leaves under ``prob``.
         class_names: names of the prediction's channels; None numbers them.
         stop_on_failure: whether the first failed image ends the run instead.
         progress: whether to show the bar.
@@ -75,6 +76,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         network: nn.Module,
         inferer: Inferer | None = None,
         image_metrics: Mapping[str, CumulativeIterationMetric] | None = None,
+        probability_metrics: Mapping[str, CumulativeIterationMetric] | None = None,
         class_names: Sequence[str] | None = None,
         stop_on_failure: bool = False,
         progress: bool = True,
@@ -83,8 +85,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     ) -> None:
         if getattr(val_data_loader, "batch_size", 1) != 1:
             raise ValueError(f"a stream's images come one by one: set batch_size=1, got {val_data_loader.batch_size}")
-        self.image_metrics = dict(image_metrics or {})
-        self.class_names = class_names
+        self.measures = ImageMeasures(image_metrics, probability_metrics, class_names)
         self.stop_on_failure = stop_on_failure
         self.summary_path = summary_path
         events = [*(kwargs.pop("event_names", None) or []), AdaptationEvents]
@@ -140,7 +141,10 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             if FAILURE in batchdata:
                 raise ValueError(_first(batchdata[FAILURE]))
             output = super()._iteration(engine, batchdata)
-            record |= {"status": "ok", "metrics": self._measure(), **(method.last[0] if method is not None else {})}
+            # the metrics' time is not the method's
+            record["seconds"] = time.perf_counter() - start
+            metrics = self.measures(engine.state.output[0])
+            record |= {"status": "ok", "metrics": metrics, **(method.last[0] if method is not None else {})}
         except Exception as error:
             if method is not None:
                 method.load_adaptation_state(before)
@@ -149,28 +153,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             record |= {"status": "failed", "reason": root_cause(error)}
             logger.error("%s failed: %s", record["name"], record["reason"])
             output = None
-        engine.state.record = {**record, "seconds": time.perf_counter() - start}
+        engine.state.record = {"seconds": time.perf_counter() - start, **record}
         engine.state.summary.add(engine.state.record)
         return output
-
-    def _measure(self) -> dict[str, dict[str, float]]:
-        """Compute the per-image metrics of the (decollated, postprocessed) output, per class."""
-        (output,) = self.state.output
-        if output.get(CommonKeys.LABEL) is None:
-            return {}
-        pred, label = output[CommonKeys.PRED], output[CommonKeys.LABEL]
-        if pred.shape != label.shape:
-            raise ValueError(
-                f"the mask is {tuple(label.shape)} where the prediction is {tuple(pred.shape)}: it must have the "
-                "image's size, and one channel per class"
-            )
-        values = {}
-        for name, metric in self.image_metrics.items():
-            scores = metric(y_pred=[pred], y=[label])[0].tolist()
-            # the buffer would grow with the stream; the summary keeps the figures
-            metric.reset()
-            values[name] = dict(zip(self.class_names or map(str, range(len(scores))), scores, strict=True))
-        return values
 
     def _fire_event(self, event_name: Any, *args: Any, **kwargs: Any) -> None:
         # a failed image has no output, so metrics and other handlers of an iteration's end must not see it

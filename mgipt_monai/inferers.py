@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
-from monai.inferers import Inferer
+import torch
+from monai.inferers import Inferer, SimpleInferer, SliceInferer
 from torch import Tensor, nn
 
 from .methods.base import AdaptationMethod
 
 __all__ = ["AdaptiveInferer"]
+
+Slices = Literal["shared", "own"]
 
 
 class AdaptiveInferer(Inferer):
@@ -18,9 +21,16 @@ class AdaptiveInferer(Inferer):
 
     Args:
         method: the adaptation method, for instance :class:`mgipt_monai.MGIPT`.
+        inferer: what the method runs the network through: None for whole images, or a pipeline's
+            ``SlidingWindowInferer`` or ``SliceInferer``. Every window sees its part of the prompted whole image.
+        windows: in how many windows an image is looked at while it is adapted to.
+        slices: with a ``SliceInferer`` (a 2D network on volumes), whether the volume is one image whose prompt all
+            slices share (``shared``: one scanner made them all, and neighbours stay alike), or each slice is an image
+            with a prompt of its ``own``, which costs as many adaptations; constant slices are then predicted without.
 
     Raises:
-        TypeError: if ``method`` is not an adaptation method.
+        TypeError: if ``method`` is not an adaptation method, or cannot predict through ``inferer``.
+        ValueError: for fewer than one window.
 
     Example:
         >>> import torch
@@ -32,10 +42,20 @@ class AdaptiveInferer(Inferer):
         torch.Size([1, 2, 30, 30])
     """
 
-    def __init__(self, method: AdaptationMethod) -> None:
+    def __init__(
+        self, method: AdaptationMethod, inferer: Inferer | None = None, windows: int = 2, slices: Slices = "shared"
+    ) -> None:
         if not isinstance(method, AdaptationMethod):
             raise TypeError(f"method must be an adaptation method such as MGIPT(network), got {type(method).__name__}")
         self.method = method
+        self.inferer = SimpleInferer() if inferer is None else inferer
+        self.windows = windows
+        self.slices = slices
+        if slices not in get_args(Slices):
+            raise ValueError(f"slices must be one of {', '.join(get_args(Slices))}; got {slices!r}")
+        if slices == "own" and not isinstance(self.inferer, SliceInferer):
+            raise ValueError(f"slices='own' needs a SliceInferer, got {type(self.inferer).__name__}")
+        method.predict_through(*self._route())
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Adapt and predict.
@@ -64,4 +84,30 @@ class AdaptiveInferer(Inferer):
                 )
         elif network is not self.method.network:
             self.method.bind(network)
-        return self.method(inputs)
+        self.method.predict_through(*self._route())
+        return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
+
+    def _route(self) -> tuple[Inferer, int]:
+        return (SimpleInferer() if self.slices == "own" else self.inferer), self.windows
+
+    def _slice_by_slice(self, volumes: Tensor) -> Tensor:
+        axis = self.inferer.spatial_dim + 2
+        before, outputs, records = self.method.adaptation_state(), [], []
+        try:
+            for volume in volumes.split(1):
+                logits, done = zip(*(self._one_slice(one) for one in volume.unbind(axis)), strict=True)
+                outputs.append(torch.stack(logits, axis))
+                costs = {key: sum(each[key] for each in done) for key in ("forwards", "backwards")}
+                adapted = [each["index"] for each in done if "index" in each]
+                records.append({"index": min(adapted, default=None), "adapted_slices": len(adapted), **costs})
+        except BaseException:
+            self.method.load_adaptation_state(before)
+            raise
+        self.method.last = records
+        return torch.cat(outputs)
+
+    def _one_slice(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        if image.min() == image.max():
+            with torch.no_grad():
+                return self.method.network(image), {"forwards": 1, "backwards": 0}
+        return self.method(image), self.method.last[0]

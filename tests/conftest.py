@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from monai.data import MetaTensor
 from torch import nn
 
 from mgipt_monai import MGIPT
@@ -109,3 +110,10 @@ def mgipt(network: nn.Module) -> MGIPT:
 @pytest.fixture
 def images() -> list[torch.Tensor]:
     return stream(4)
+
+
+def labelled_square(spacing: float) -> MetaTensor:
+    """Return a square of 8 x 8 pixels in an image of 32 x 32 with the given spacing in its affine."""
+    mask = torch.zeros(1, 32, 32)
+    mask[:, 4:12, 4:12] = 1
+    return MetaTensor(mask, affine=torch.diag(torch.tensor([spacing, spacing, 1.0, 1.0])))

@@ -11,7 +11,7 @@ from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator
 from monai.handlers import CheckpointLoader, CheckpointSaver, StatsHandler
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import PatchInferer
 from torch import nn
 
 from mgipt_monai import MGIPT, AdaptiveInferer, RecordFile, Source, TestTimeAdaptationHandler, load_state
@@ -88,8 +88,8 @@ def test_handler_without_any_method_says_so(network: nn.Module) -> None:
 
 
 def test_inferer_that_cannot_be_replaced_is_an_error(mgipt: MGIPT) -> None:
-    engine = evaluator(mgipt.network, inferer=SlidingWindowInferer(roi_size=(16, 16)))
-    with pytest.raises(TypeError, match="SlidingWindowInferer"):
+    engine = evaluator(mgipt.network, inferer=PatchInferer(splitter=None))
+    with pytest.raises(TypeError, match="PatchInferer"):
         TestTimeAdaptationHandler(mgipt).attach(engine)
 
 

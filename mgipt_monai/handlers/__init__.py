@@ -4,5 +4,6 @@
 from __future__ import annotations
 
 from .adaptation import TestTimeAdaptationHandler
+from .peak_memory import PeakMemoryHandler
 
-__all__ = ["TestTimeAdaptationHandler"]
+__all__ = ["PeakMemoryHandler", "TestTimeAdaptationHandler"]

@@ -9,7 +9,6 @@ import time
 from typing import Any
 
 from ignite.engine import Engine, Events
-from monai.inferers import SimpleInferer
 
 from mgipt_monai.engines import AdaptationEvents
 from mgipt_monai.errors import root_cause
@@ -42,6 +41,8 @@ class TestTimeAdaptationHandler:
         save_every: images between two savings of the state, which is also saved at the end.
         reset_at_site: reset the method before an image whose site (the batch's ``site``) is not the site of the image
             before it, be it one that failed, the last one of ``start_from`` or of the handler's earlier run.
+        windows: where the evaluator has a ``SlidingWindowInferer``, through which the method then predicts, in how many
+            windows an image is looked at while it is adapted to (see :class:`AdaptiveInferer`).
 
     Raises:
         ValueError: at construction, for settings that exclude each other.
@@ -67,6 +68,7 @@ class TestTimeAdaptationHandler:
         start_from: str | os.PathLike | None = None,
         save_every: int = 1,
         reset_at_site: bool = False,
+        windows: int = 2,
     ) -> None:
         if resume and state_path is None:
             raise ValueError("resume needs state_path: the file that says where the stream stopped")
@@ -76,6 +78,7 @@ class TestTimeAdaptationHandler:
             raise ValueError(f"save_every must be at least 1, got {save_every}")
         self.method, self.state_path, self.start_from = method, state_path, start_from
         self.resume, self.save_every, self.reset_at_site = resume, save_every, reset_at_site
+        self.windows = windows
         self._inferer = self._site = None
         self.records = None if record_path is None else RecordFile(record_path)
 
@@ -111,13 +114,11 @@ class TestTimeAdaptationHandler:
                 f"the evaluator adapts with its own {type(own).__name__}, the handler with another "
                 f"{type(self.method).__name__}: each image would be adapted to twice; give both the same object"
             )
-        if own is None and not isinstance(engine.inferer, SimpleInferer):
-            raise TypeError(
-                f"adaptation takes the place of a SimpleInferer; this evaluator has a {type(engine.inferer).__name__}"
-            )
         if own is None and self.method is None:
             raise TypeError("no method to adapt with: give the handler one, such as MGIPT(network)")
         self.method = own if own is not None else self.method
+        if not isinstance(engine.inferer, AdaptiveInferer):
+            self.method.predict_through(engine.inferer, self.windows)
 
     def _start(self, engine: Engine) -> None:
         self._agree_on_method(engine)
@@ -135,7 +136,9 @@ class TestTimeAdaptationHandler:
         for row in rows if summary is not None else []:
             summary.add(row)
         self._note(position)
-        self._inferer, engine.inferer = engine.inferer, AdaptiveInferer(self.method)
+        self._inferer = engine.inferer
+        if not isinstance(engine.inferer, AdaptiveInferer):
+            engine.inferer = AdaptiveInferer(self.method, engine.inferer, self.windows)
 
     def _take_up(self, path: str | os.PathLike) -> dict[str, Any]:
         """Load the adaptation, and the site of its latest image, from a state file; return all that the file holds."""

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
+from mgipt_monai.networks.windows import ForwardRoute
+
 from .image_checks import check_image
+from .settings import plain_settings
 
 __all__ = ["AdaptationMethod"]
 
@@ -36,10 +40,14 @@ class AdaptationMethod(nn.Module, ABC):
         last: for each image of the latest call, a dict of plain values: what was done and what it cost.
     """
 
+    takes_windows = False
+    """Whether the method can predict through a sliding-window inferer."""
+
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.images_seen = 0
         self.last: list[dict[str, Any]] = []
+        self.route = ForwardRoute()
         self.bind(network)
 
     def bind(self, network: nn.Module) -> None:
@@ -53,6 +61,25 @@ class AdaptationMethod(nn.Module, ABC):
             raise TypeError(f"{type(network).__name__} already adapts: give {type(self).__name__} its plain network")
         self.network = network.eval().requires_grad_(False)
         self._bound()
+
+    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
+        """Run the network through an inferer from now on, for volumes that it does not take whole.
+
+        Args:
+            inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``. Prompts are those of the
+                whole image, so every window sees the same change.
+            windows: in how many windows the image is looked at while it is adapted to (see
+                :class:`mgipt_monai.networks.windows.Windows`); a step costs as many forwards and backwards.
+
+        Raises:
+            TypeError: for another inferer, or a method that needs the whole image.
+        """
+        if not self.takes_windows and not isinstance(inferer, SimpleInferer):
+            raise TypeError(
+                f"{type(self).__name__} adapts to whole images and cannot predict through a {type(inferer).__name__}: "
+                "use MGIPT, VPTTA, BatchNormAdaptation or Source"
+            )
+        self.route.change(inferer, windows)
 
     def forward(self, image: Tensor) -> Tensor:
         """Adapt to each image, then predict it.
@@ -142,6 +169,18 @@ class AdaptationMethod(nn.Module, ABC):
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
             state_dict[own + key[len(prefix) :]] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the method's class and its settings as plain values."""
+        return {"class": type(self).__name__, **plain_settings(self)}
+
+    def prompt_maps(self) -> dict[str, Tensor]:
+        """Return the prompts that last, as they stand: name to factors (C, \\*sides); most methods have none."""
+        return {}
+
+    def adapted_input(self, image: Tensor) -> Tensor:
+        """Return the latest image (1, C, \\*spatial) as the network was shown it; most methods leave it as it is."""
+        return image
 
     @abstractmethod
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:

@@ -39,15 +39,19 @@ class BatchNormAdaptation(AdaptationMethod):
         torch.Size([1, 2, 16, 16])
     """
 
+    takes_windows = True
+
     def __init__(self, network: nn.Module, source_weight: float = 0.0, aligned_layers: str | None = None) -> None:
         self.source_weight, self.aligned_layers = source_weight, aligned_layers
         super().__init__(network)
 
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        self.norms.start(image)
         with torch.no_grad():
-            return self.norms.predict(image, "calibrated"), {"forwards": 1, "backwards": 0}
+            logits = self.norms.predict(image, "calibrated")
+        return logits, {"forwards": self.norms.forwards, "backwards": 0}
 
     def _bound(self) -> None:
         # other norm layers have no statistics to take the place of, so a file would not help
         find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
-        self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight)
+        self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, route=self.route)

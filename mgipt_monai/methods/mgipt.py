@@ -69,6 +69,8 @@ class MGIPT(AdaptationMethod):
         (torch.Size([1, 2, 32, 32]), True)
     """
 
+    takes_windows = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -131,8 +133,19 @@ class MGIPT(AdaptationMethod):
             **settings,
         )
 
+    def prompt_maps(self) -> dict[str, Tensor]:
+        """Return the global prompts' teachers, by their sides."""
+        teachers = self.global_prompts.adaptation_state()["teachers"]
+        return {" x ".join(map(str, teacher.shape[2:])): teacher[0] for teacher in teachers}
+
+    def adapted_input(self, image: Tensor) -> Tensor:
+        """Return the latest image under its instance prompt, or, without one, under the smallest global prompt."""
+        with torch.no_grad():
+            return self.instance_prompt(image) if self.instance_prompt.sizes else self.global_prompts(image)[:1]
+
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        self.norms.forwards = self.backwards = 0
+        self.norms.start(image)
+        self.backwards = 0
         if isinstance(self.jitter, Randomizable):
             seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
             self.jitter.set_random_state(seed=int(seed))
@@ -161,18 +174,18 @@ class MGIPT(AdaptationMethod):
         return self.tuning
 
     def _loss(self, prompted: Tensor) -> Tensor:
-        self.backwards += len(prompted)
+        self.backwards += len(prompted) * self.norms.windows.count
         return self.norms.loss(prompted, self._tuning_normalization())
 
     def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
         normalization = self._tuning_normalization() if self.tuning == "released" else "calibrated"
         with torch.no_grad():
             views = torch.cat([prompt(image), prompt(self.jitter(image))])
-            logits, jittered_logits = self.norms.predict(views, normalization).split(1)
+            logits, jittered_logits = self.norms.predict_windows(views, normalization).split(1)
             return consistency_score(logits, jittered_logits, self.head)
 
     def _bound(self) -> None:
-        self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics)
+        self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics, self.route)
 
     def _reset(self) -> None:
         self.instance_prompt.reset()

@@ -25,6 +25,16 @@ class Source(AdaptationMethod):
         torch.Size([1, 2, 8, 8])
     """
 
+    takes_windows = True
+
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict]:
+        forwards = 0
+
+        def run(images: Tensor) -> Tensor:
+            nonlocal forwards
+            forwards += len(images)
+            return self.network(images)
+
         with torch.no_grad():
-            return self.network(image), {"forwards": 1, "backwards": 0}
+            logits = self.route.inferer(image, run)
+        return logits, {"forwards": forwards, "backwards": 0}

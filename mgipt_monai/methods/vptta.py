@@ -65,6 +65,8 @@ class VPTTA(AdaptationMethod):
         (torch.Size([2, 2, 32, 32]), 2)
     """
 
+    takes_windows = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -106,8 +108,16 @@ class VPTTA(AdaptationMethod):
         released = {"side": max(1, int(image_side * 0.01)), "centred": False, "start": "latest"}
         return cls(network, **{**released, **overrides})
 
+    def prompt_maps(self) -> dict[str, Tensor]:
+        """Return the latest image's prompt."""
+        return {"latest": self.prompts[-1][0].cpu()} if self.prompts else {}
+
+    def adapted_input(self, image: Tensor) -> Tensor:
+        """Return the latest image under its prompt."""
+        return LowFrequencies(image, self.side, self.centred).apply(self.prompts[-1])
+
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        self.norms.forwards = 0
+        self.norms.start(image)
         root = math.sqrt(self.images_seen + 1)
         self.norms.source_weight = root / (root + self.warm_n)
 
@@ -125,7 +135,7 @@ class VPTTA(AdaptationMethod):
             "loss_before": loss.item(),
             "memory": len(self.prompts),
             "forwards": self.norms.forwards,
-            "backwards": 1,
+            "backwards": self.norms.windows.count,
         }
 
     def _start(self, amplitude: Tensor) -> Tensor:
@@ -156,7 +166,7 @@ class VPTTA(AdaptationMethod):
         return prompt.detach()
 
     def _bound(self) -> None:
-        self.norms = BlendedNorms(self.network, self.aligned_layers, statistics=self.statistics)
+        self.norms = BlendedNorms(self.network, self.aligned_layers, statistics=self.statistics, route=self.route)
 
     def _reset(self) -> None:
         self.amplitudes: list[Tensor] = []

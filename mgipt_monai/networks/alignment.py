@@ -18,6 +18,7 @@ from .aligned_layer import AlignedLayer
 from .calibration import Normalization, check_normalization
 from .norm_layers import find_listed_layers, find_norm_layers
 from .source_statistics import SourceStatistics
+from .windows import ForwardRoute, Windows
 
 __all__ = ["AlignedNorms"]
 
@@ -35,6 +36,7 @@ class AlignedNorms:
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
         statistics: what the loss aligns with; None takes what the layers store. Whether it was made for the network's
             weights is checked at the first forward.
+        route: how images go through the network; None takes them whole.
 
     Raises:
         ValueError: if no layer can be aligned, ``source_weight`` is outside [0, 1], or, at the first forward, the
@@ -56,6 +58,7 @@ class AlignedNorms:
         layers: str | None = None,
         source_weight: float = 0.8,
         statistics: SourceStatistics | None = None,
+        route: ForwardRoute | None = None,
     ) -> None:
         if not 0 <= source_weight <= 1:
             raise ValueError(f"source_weight must be in [0, 1], got {source_weight}")
@@ -67,6 +70,8 @@ class AlignedNorms:
         self.source_weight = source_weight
         self.statistics = statistics
         self.targets: dict[str, tuple[Tensor, Tensor]] = {}
+        self.route = ForwardRoute() if route is None else route
+        self.windows: Windows | None = None
         self.images = 0
         self.normalization: Normalization = "source"
         self.losses: list[Tensor] | None = None
@@ -100,8 +105,7 @@ class AlignedNorms:
         was_attached = self._covered is not None
         if not was_attached:
             self.attach()
-        self.normalization, self.losses, self.images = normalization, losses, len(images)
-        self.forwards += len(images)
+        self.normalization, self.losses = normalization, losses
         try:
             yield
         finally:
@@ -118,13 +122,28 @@ class AlignedNorms:
         }
         self._ready_on = device
 
+    def start(self, image: Tensor) -> None:
+        """Begin with an image (1, C, \\*spatial): count its forwards, and choose where its loss is measured."""
+        self.forwards = 0
+        self.windows = Windows(self.route, image)
+
+    def _run(self, images: Tensor) -> Tensor:
+        self.images = len(images)
+        self.forwards += len(images)
+        return self.network(images)
+
     def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
-        """Run the network, one forward per image: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
+        """Run the network, one forward per image or window: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
         with self._using(images, normalization, None):
-            return self.network(images)
+            return self.route.inferer(images, self._run)
+
+    def predict_windows(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
+        """Run the network where the loss is measured alone: logits of the windows side by side (B, K, ...)."""
+        with self._using(images, normalization, None):
+            return self._run(images) if self.windows is None else self.windows.predict(images, self._run)
 
     def loss(self, images: Tensor, normalization: Normalization = "instance") -> Tensor:
-        """Run the network for its alignment loss L (Eq. 2), the mean over the aligned layers.
+        """Run the network for its alignment loss L (Eq. 2), the mean over the aligned layers and the windows.
 
         Args:
             images: (B, C, \\*spatial).
@@ -136,9 +155,12 @@ class AlignedNorms:
         Returns:
             One loss per image (B,), differentiable with respect to the images.
         """
-        losses: list[Tensor] = []
-        with self._using(images, normalization, losses):
-            self.network(images)
-        if not losses:
+        with self._using(images, normalization, []):
+            return self._measured(images) if self.windows is None else self.windows.loss(images, self._measured)
+
+    def _measured(self, images: Tensor) -> Tensor:
+        self.losses = []
+        self._run(images)
+        if not self.losses:
             raise RuntimeError(f"none of the aligned layers took part in the forward: {', '.join(self.layers)}")
-        return torch.stack(losses).mean(dim=0)
+        return torch.stack(self.losses).mean(dim=0)

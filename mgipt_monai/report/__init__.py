@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of what an adaptation method did to a stream (needs matplotlib)."""
+"""What adaptation methods did to a stream: figures, tables, and a page of both (needs matplotlib)."""
 
 from __future__ import annotations
 
 from .examples import Example, draw_examples
+from .pictures import PictureWriter
 
-__all__ = ["Example", "draw_examples"]
+__all__ = ["Example", "PictureWriter", "draw_examples"]

@@ -1,95 +1,97 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several runs over one labelled stream side by side, as a table: who gains, and who is harmed.
+"""Several methods over one labelled stream side by side, as Markdown: who gains, and who is harmed.
 
-Run as ``python -m mgipt_monai.report.comparison RESULTS/source RESULTS/mgipt``.
+Run as ``python -m mgipt_monai.report.comparison BENCHMARK`` on the folder of a benchmark, or on the output folders of
+single runs, ``RESULTS/source RESULTS/mgipt``, of which the first is held against the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from mgipt_monai.benchmark.results import summarise
 from mgipt_monai.records import RecordFile
-from mgipt_monai.summary import ALL, StreamSummary, image_means
+from mgipt_monai.summary import ALL
 
-__all__ = ["compare_runs"]
-
-HARM = 0.01
+__all__ = ["load_results", "markdown"]
 
 
-def compare_runs(folders: Sequence[str | os.PathLike], metric: str = "dsc") -> list[dict[str, Any]]:
-    """Compare the records of runs over the same images; the first run is what the others are held against.
-
-    An image that failed in any run is left out of all.
-
-    Args:
-        folders: output folders of runs of the bundle's ``evaluate.yaml``.
-        metric: the metric to compare, in [0, 1], higher is better.
-
-    Returns:
-        Per site and for all images, one row per run: ``site``, ``images``, ``run`` (the folder's name), the mean of
-        each class, ``mean`` over classes, ``worst_tenth``, ``worse`` (share of images more than 0.01 below the first
-        run; None for itself) and ``cost`` (forwards and backwards per image).
+def load_results(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
+    """Return the results of a benchmark's folder, or summarise the records of several runs of ``evaluate.yaml``.
 
     Raises:
-        ValueError: if the runs have no image in common.
+        FileNotFoundError: if the one folder has no ``results.json``.
+        ValueError: if the runs are not over the same images.
     """
-    runs = {}
-    for folder in folders:
-        rows = RecordFile(Path(folder) / "records.jsonl").read()
-        runs[Path(folder).name] = {row["name"]: row for row in rows if row["status"] == "ok"}
-    first, *_ = runs.values()
-    names = [name for name in first if all(name in rows for rows in runs.values())]
-    if not names:
-        raise ValueError(f"the runs {', '.join(runs)} have no image in common that none of them failed at")
-    table = []
-    sites = list(dict.fromkeys(first[name]["site"] for name in names))
-    for site in [*sites, ALL]:
-        of_site = [name for name in names if site in (first[name]["site"], ALL)]
-        reference = _means(first, of_site, metric)
-        for run, rows in runs.items():
-            summary = StreamSummary()
-            for name in of_site:
-                summary.add(rows[name])
-            means = _means(rows, of_site, metric)
-            table.append(
-                {
-                    "site": site,
-                    "images": len(of_site),
-                    "run": run,
-                    **summary.figures()[ALL]["metrics"][metric],
-                    "worse": None if rows is first else float((means < reference - HARM).mean()),
-                    "cost": float(np.mean([rows[n].get("forwards", 0) + rows[n].get("backwards", 0) for n in of_site])),
-                }
-            )
-    return table
+    if len(folders) == 1:
+        return json.loads((Path(folders[0]) / "results.json").read_text(encoding="utf-8"))
+    runs = {Path(folder).name: RecordFile(Path(folder) / "records.jsonl").read() for folder in folders}
+    return summarise(runs, baseline=next(iter(runs)))
 
 
-def _means(rows: dict[str, dict[str, Any]], names: Sequence[str], metric: str) -> np.ndarray:
-    return np.array([image_means(rows[name])[metric] for name in names])
+def markdown(results: dict[str, Any], metric: str = "dsc") -> str:
+    """Write two tables in Markdown: the means per site, and what can be said over all images.
+
+    Metrics in [0, 1] are in percent. ``gain`` is the difference from the baseline with its 95 % interval, ``worse`` the
+    share of images more than one point below it, ``F`` the forwards and backwards per image.
+    """
+    percent = results["metrics"][metric]["percent"]
+    scale = 100 if percent else 1
+    sites, overall = [], []
+    for name, method in results["methods"].items():
+        figures = method["metrics"][metric]
+        for site, values in figures["sites"].items():
+            shown = {"site": site, "images": values["images"], "method": name}
+            shown |= {c: f"{scale * v:.2f}" for c, v in [*values["classes"].items(), ("mean", values["mean"])]}
+            sites.append(shown | {"worst tenth": f"{scale * values['worst_tenth']:.2f}"})
+        overall.append(_overall(name, method, figures, metric, scale, results))
+    order = {site: i for i, site in enumerate([*results["stream"]["sites"], ALL])}
+    sites.sort(key=lambda row: order[row["site"]])
+    return "\n\n".join(_table(rows) for rows in (sites, overall))
 
 
-def markdown(table: Sequence[dict[str, Any]]) -> str:
-    """Write the table in Markdown, metrics in percent."""
-    texts = {"site": str, "run": str, "images": str, "worse": lambda v: "" if v is None else f"{100 * v:.0f} %"}
-    texts["cost"] = lambda value: f"{value:.1f}"
-    lines = [[name.replace("_", " ") for name in table[0]], ["---"] * len(table[0])]
-    lines += [[texts.get(key, lambda v: f"{100 * v:.2f}")(value) for key, value in row.items()] for row in table]
+def _overall(
+    name: str, method: dict[str, Any], figures: dict[str, Any], metric: str, scale: float, results: dict[str, Any]
+) -> dict[str, str]:
+    row = {"method": name} | {c: f"{scale * v:.2f}" for c, v in figures["classes"].items()}
+    row["mean [95 %]"] = f"{scale * figures['mean']:.2f}{_bounds(figures['interval'], scale)}"
+    against = (method["against_baseline"] or {}).get(metric)
+    row["gain [95 %]"] = f"{scale * against['gain']:+.2f}{_bounds(against['interval'], scale, '+')}" if against else ""
+    row["p"] = "" if not against or against["p_value"] is None else f"{against['p_value']:.2g}"
+    worse = against["worse"] if against else None
+    row["worse"] = "" if worse is None else f"{100 * worse:.0f} %"
+    row["worst tenth"] = f"{scale * figures['worst_tenth']:.2f}"
+    if figures["degradation"] is not None:
+        row["rounds"] = " / ".join(f"{scale * value:.2f}" for value in figures["rounds"])
+        row["degradation"] = f"{scale * figures['degradation']:+.2f}"
+    for other, reading in results["metrics"].items():
+        if other != metric and other in method["metrics"]:
+            row[other] = f"{(100 if reading['percent'] else 1) * method['metrics'][other]['mean']:.2f}"
+    return row | {"F": f"{method['forwards'] + method['backwards']:.1f}"}
+
+
+def _bounds(interval: Sequence[float] | None, scale: float, sign: str = "") -> str:
+    return "" if interval is None else " [" + ", ".join(f"{scale * bound:{sign}.2f}" for bound in interval) + "]"
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
-    """Print the table of the folders given on the command line."""
+    """Print the tables of the folders given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", help="output folders; the first is held against the others")
+    parser.add_argument("folders", nargs="+", help="a benchmark's folder, or those of several runs")
     parser.add_argument("--metric", default="dsc")
     arguments = parser.parse_args()
-    print(markdown(compare_runs(arguments.folders, arguments.metric)))
+    print(markdown(load_results(arguments.folders), arguments.metric))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-__all__ = ["Example", "draw_examples"]
+__all__ = ["Example", "draw_contours", "draw_examples"]
 
 # two colours that stay apart for colour-blind readers and in grey print; lines differ as well
 STYLES = {
@@ -53,7 +54,6 @@ def draw_examples(examples: Sequence[Example], path: str | os.PathLike, columns:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import patheffects
     from matplotlib import pyplot as plt
     from matplotlib.lines import Line2D
 
@@ -65,14 +65,12 @@ def draw_examples(examples: Sequence[Example], path: str | os.PathLike, columns:
         axis.axis("off")
     for i, example in enumerate(examples):
         _draw(axes[i // columns, 3 * (i % columns) : 3 * (i % columns) + 3], example)
-    # on the white page a white line needs a dark edge
-    edge = [patheffects.Stroke(linewidth=3.5, foreground="0.4"), patheffects.Normal()]
     labels = {"reference": "reference", "source": "source network", "adapted": "adapted (MGIPT)"}
     legend = [
         Line2D([], [], color=style["colors"], ls=style.get("linestyles", "-"), label=labels[name])
         for name, style in STYLES.items()
     ]
-    legend[0].set_path_effects(edge)
+    legend[0].set_path_effects(_dark_edge())
     figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -82,10 +80,24 @@ def _draw(axes: Sequence, example: Example) -> None:
     grey = {"cmap": "gray"} if example.image.shape[0] == 1 else {}
     for axis, image in zip(axes, (example.image, example.adapted_image, example.image), strict=True):
         axis.imshow(np.clip(image.transpose(1, 2, 0), 0, 1), **grey)
-    for name, style in STYLES.items():
-        for mask in getattr(example, name):
-            if mask.any() and not mask.all():
-                axes[2].contour(mask, levels=[0.5], **style)
+    draw_contours(axes[2], example.reference, example.source, example.adapted)
     axes[0].set_title(example.title, fontsize=9)
     axes[1].set_title("as the prompt shows it", fontsize=9)
     axes[2].set_title(f"DSC {100 * example.source_dsc:.1f} → {100 * example.adapted_dsc:.1f}", fontsize=9)
+
+
+def draw_contours(axes: Any, reference: np.ndarray, source: np.ndarray, adapted: np.ndarray) -> None:
+    """Draw the outlines of masks (K, H, W) of 0 and 1 on matplotlib axes that show their image."""
+    for (name, style), masks in zip(STYLES.items(), (reference, source, adapted), strict=True):
+        for mask in masks:
+            if mask.any() and not mask.all():
+                lines = axes.contour(mask, levels=[0.5], **style)
+                if name == "reference":
+                    lines.set_path_effects(_dark_edge())
+
+
+def _dark_edge() -> list:
+    from matplotlib import patheffects
+
+    # a white line is lost on a white page, and on bright parts of an image
+    return [patheffects.Stroke(linewidth=3.5, foreground="0.3"), patheffects.Normal()]

@@ -103,7 +103,10 @@ def test_shipped_weights_fit_the_network_strictly() -> None:
 
 
 # train.yaml is left out, it brings a trainer and so most of its keys with it
-OVERLAYS = [*ROOT.glob("configs/**/*.yaml"), CONFIGS / "evaluate.yaml", CONFIGS / "calibrate.yaml"]
+OVERLAYS = [
+    *ROOT.glob("configs/**/*.yaml"),
+    *(CONFIGS / f"{name}.yaml" for name in ("evaluate", "calibrate", "benchmark")),
+]
 
 
 @pytest.mark.parametrize("path", sorted(OVERLAYS), ids=lambda path: path.name)
@@ -113,6 +116,9 @@ def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
     own = {
         "evaluate.yaml": {"mask_ranges", "mask_background", "metrics"},
         "calibrate.yaml": {"statistics"},
+        "benchmark.yaml": {"methods", "compare", "benchmark", "probability_metrics"},
+        "hippocampus.yaml": {"probability_metrics"},
+        "low_frequency_gain.yaml": {"gain"},
         "fundus_odoc.yaml": {"mask_coding"},
     }
     allowed = known | own["evaluate.yaml"] | own.get(path.name, set())

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method over one stream, one after the other, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mgipt_monai.engines import StreamFailedError, StreamingAdaptationEvaluator
+from mgipt_monai.fingerprint import fingerprint
+from mgipt_monai.handlers import PeakMemoryHandler, TestTimeAdaptationHandler
+from mgipt_monai.inferers import AdaptiveInferer
+from mgipt_monai.methods import AdaptationMethod, Source
+from mgipt_monai.records import RecordFile
+from mgipt_monai.report.page import write_report
+from mgipt_monai.report.pictures import PictureWriter
+from mgipt_monai.state_file import atomic_path
+
+from .results import SCHEMA, SCHEMA_VERSION, summarise
+from .tables import timing, write_images_csv
+
+__all__ = ["Benchmark"]
+
+logger = logging.getLogger(__name__)
+
+
+class Benchmark:
+    """Runs each method over the same stream, from its start, and writes results, tables and a report.
+
+    In ``output_dir``: ``results.json`` (the same whether the run was interrupted or not), ``timing.json``,
+    ``images.csv``, ``report.html``, and per method a folder with its records, its adaptation state and, for the report,
+    small **pictures of the images**. Cost: the sum of the methods'.
+
+    Args:
+        evaluator: makes a :class:`StreamingAdaptationEvaluator` over the stream; it is called for each method with
+            ``inferer`` and ``val_handlers`` (in a config: the evaluator with ``_mode_: callable``).
+        methods: name to method, or to a function that makes it (in a config: with ``_mode_: callable``). The first that
+            is a :class:`Source` is the baseline.
+        output_dir: folder to write to.
+        compare: the names to run, in this order; None runs all.
+        resume: go on where an interrupted run of the same settings stopped; False starts anew.
+        settings: plain settings of the stream that a resumed run must share (seed, order, rounds, ...). ``seed`` seeds
+            the bootstrap, ``reset_at_site`` goes to each :class:`TestTimeAdaptationHandler`.
+
+    Raises:
+        ValueError: at construction, for no method or an unknown name in ``compare``.
+    """
+
+    def __init__(
+        self,
+        evaluator: Callable[..., StreamingAdaptationEvaluator],
+        methods: Mapping[str, AdaptationMethod | Callable[[], AdaptationMethod]],
+        output_dir: str | os.PathLike,
+        compare: list[str] | None = None,
+        resume: bool = True,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        unknown = [name for name in compare or [] if name not in methods]
+        if not methods:
+            raise ValueError("methods is empty: give at least one by its name")
+        if unknown:
+            raise ValueError(f"there is no method {', '.join(unknown)}: choose from {', '.join(methods)}")
+        self.methods = {name: methods[name] for name in compare or methods}
+        self.evaluator, self.output_dir, self.resume = evaluator, Path(output_dir), resume
+        self.settings = {"seed": 0, "reset_at_site": False, **(settings or {})}
+
+    def run(self) -> dict[str, Any]:
+        """Run what is not done yet; return the content of ``results.json``.
+
+        Raises:
+            ValueError: if ``output_dir`` holds a run of other settings, or no image was processed by every method.
+        """
+        described, prompts, baseline, weights = {}, {}, None, ""
+        for name in self.methods:
+            method = self._made(name)
+            described[name], weights = method.settings(), fingerprint(method.network)
+            self._check_settings(name, {**self.settings, "weights": weights, "method": described[name]})
+            self._run(name, method)
+            prompts[name] = {side: prompt.tolist() for side, prompt in method.prompt_maps().items()}
+            baseline = name if baseline is None and isinstance(method, Source) else baseline
+        return self._write({**self.settings, "weights": weights, "methods": described}, prompts, baseline)
+
+    def _made(self, name: str) -> AdaptationMethod:
+        method = self.methods[name]
+        if not isinstance(method, AdaptationMethod):
+            method = method()
+        method.reset()
+        return method
+
+    def _run(self, name: str, method: AdaptationMethod) -> None:
+        folder = self.output_dir / name
+        logger.info("%s", name)
+        changes_input = type(method).adapted_input is not AdaptationMethod.adapted_input
+        evaluator = self.evaluator(
+            inferer=AdaptiveInferer(method),
+            val_handlers=[
+                PeakMemoryHandler(),
+                PictureWriter(
+                    folder / "pictures",
+                    adapted_input=method.adapted_input if changes_input else None,
+                    reference=self.output_dir / "reference" / "pictures",
+                ),
+                TestTimeAdaptationHandler(
+                    state_path=folder / "adaptation_state.pt",
+                    record_path=folder / "records.jsonl",
+                    resume=self.resume,
+                    reset_at_site=self.settings["reset_at_site"],
+                ),
+            ],
+        )
+        try:
+            evaluator.run()
+        except StreamFailedError as error:
+            logger.warning("%s: %s", name, error)
+
+    def _check_settings(self, name: str, settings: dict[str, Any]) -> None:
+        """Refuse to mix runs of other settings; note those of this run."""
+        path = self.output_dir / name / "settings.json"
+        wanted = json.loads(json.dumps(settings))
+        if self.resume and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]
+            if differing:
+                raise ValueError(
+                    f"{path.parent} holds a run of {name} with other settings ({', '.join(differing)}): choose another "
+                    "output_dir, or start anew with resume=False"
+                )
+        _write_json(path, wanted)
+
+    def _write(self, settings: dict[str, Any], prompts: dict[str, Any], baseline: str | None) -> dict[str, Any]:
+        runs = {name: RecordFile(self.output_dir / name / "records.jsonl").read() for name in self.methods}
+        figures = summarise(runs, baseline, self.settings["seed"])
+        results = {"schema": SCHEMA, "version": SCHEMA_VERSION, "settings": settings, **figures}
+        for name, method in results["methods"].items():
+            method["prompts"] = prompts[name]
+        _write_json(self.output_dir / "results.json", results)
+        _write_json(self.output_dir / "timing.json", timing(runs))
+        write_images_csv(runs, self.output_dir / "images.csv")
+        logger.info("report: %s", write_report(self.output_dir))
+        return results
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of one method's values over a stream, and of its difference from the baseline's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from monai.utils import optional_import
+
+__all__ = ["interval", "per_case", "shares", "wilcoxon", "worst_tenth"]
+
+stats, _ = optional_import("scipy.stats", descriptor="{}: pip install mgipt_monai[benchmark]")
+
+RESAMPLES = 2000
+MARGIN = 0.01
+"""One point of a metric in [0, 1]: what counts as worse or better."""
+
+
+def per_case(values: Sequence[float], cases: Sequence[str]) -> np.ndarray:
+    """Average the values of each case, in order of appearance: an image's rounds are not independent of each other.
+
+    Example:
+        >>> per_case([0.5, 0.75, 1.0], ["A", "B", "A"]).tolist()
+        [0.75, 0.75]
+    """
+    _, first, place = np.unique(cases, return_index=True, return_inverse=True)
+    means = np.bincount(place, weights=values) / np.bincount(place)
+    return means[np.argsort(first)]
+
+
+def interval(values: np.ndarray, seed: int) -> list[float] | None:
+    """Return the 95 % bootstrap interval (percentile) of the mean over cases; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    generator = np.random.default_rng(seed)
+    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=generator)
+    return [float(bound) for bound in found.confidence_interval]
+
+
+def wilcoxon(differences: np.ndarray) -> float | None:
+    """Return the p-value of the two-sided Wilcoxon signed-rank test; None where nothing differs."""
+    return float(stats.wilcoxon(differences).pvalue) if np.any(differences) else None
+
+
+def worst_tenth(values: np.ndarray, higher_is_better: bool = True) -> float:
+    """Return the mean of the worst tenth of the values, one at least."""
+    ordered = np.sort(values) if higher_is_better else -np.sort(-values)
+    return float(ordered[: max(1, len(values) // 10)].mean())
+
+
+def shares(differences: np.ndarray) -> tuple[float, float]:
+    """Return the shares of images that are more than one point worse, and better, than the baseline."""
+    return float((differences < -MARGIN).mean()), float((differences > MARGIN).mean())

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A method's settings as plain values, to be shown, stored and compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from monai.transforms import Randomizable
+from torch import nn
+
+__all__ = ["plain_settings"]
+
+NOT_SETTINGS = {"network", "training", "images_seen", "last"}
+
+
+def plain_settings(part: Any) -> dict[str, Any]:
+    """Return the public plain attributes of a method and of its parts, those that are None left out.
+
+    Args:
+        part: an adaptation method that has seen no image, or a part of one.
+
+    Example:
+        >>> from mgipt_monai.networks import PhotometricJitter
+        >>> plain_settings(PhotometricJitter())
+        {'brightness': 0.2, 'contrast': 0.2}
+    """
+    settings: dict[str, Any] = {}
+    for key, value in {**vars(part), **getattr(part, "_modules", {})}.items():
+        if key.startswith("_") or key in NOT_SETTINGS:
+            continue
+        if isinstance(value, (nn.Module, Randomizable)):
+            settings[key] = plain_settings(value)
+        elif isinstance(value, (bool, int, float, str)):
+            settings[key] = value
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float, str)) for v in value):
+            settings[key] = list(value)
+    return settings

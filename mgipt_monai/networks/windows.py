@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Volumes larger than the network's window: where they are looked at while prompts are tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from monai.data.utils import dense_patch_slices
+from monai.inferers import Inferer, SimpleInferer, SliceInferer, SlidingWindowInferer
+from monai.utils import PytorchPadMode, fall_back_tuple
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["ForwardRoute", "Windows"]
+
+
+@dataclass
+class ForwardRoute:
+    """How images go through the network: at once, or in windows.
+
+    Attributes:
+        inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``.
+        windows: in how many windows at most the alignment loss is measured, at least 1.
+    """
+
+    inferer: Inferer = field(default_factory=SimpleInferer)
+    windows: int = 2
+
+    def change(self, inferer: Inferer, windows: int) -> None:
+        """Take another route from now on.
+
+        Raises:
+            TypeError: for an inferer that prompts cannot be used with.
+            ValueError: for fewer than one window.
+        """
+        if not isinstance(inferer, (SimpleInferer, SlidingWindowInferer)):
+            raise TypeError(
+                "adaptation predicts through a SimpleInferer, SlidingWindowInferer or SliceInferer, not through a "
+                f"{type(inferer).__name__}"
+            )
+        if windows < 1:
+            raise ValueError(f"windows must be at least 1, got {windows}")
+        self.inferer, self.windows = inferer, windows
+
+
+class Windows:
+    """The windows of one image in which its alignment loss is measured.
+
+    They are the windows of most contrast (standard deviation of the unadapted image) among those that lie side
+    by side in the image. An image that a window covers has one window, the whole image, padded as the inferer pads it.
+
+    Args:
+        route: how the image goes through the network. With a ``SimpleInferer`` the window is the whole image, with a
+            ``SliceInferer`` windows are slices, given to the network without the axis they are cut along.
+        image: (1, C, \\*spatial), unadapted.
+    """
+
+    def __init__(self, route: ForwardRoute, image: Tensor) -> None:
+        self.squeezed, self.padding, self.slices = None, [], []
+        inferer = route.inferer
+        if not isinstance(inferer, SlidingWindowInferer):
+            return
+        sides = list(image.shape[2:])
+        window = list(inferer.roi_size) if not isinstance(inferer.roi_size, int) else [inferer.roi_size] * len(sides)
+        if isinstance(inferer, SliceInferer):
+            self.squeezed = inferer.spatial_dim + 2
+            window.insert(inferer.spatial_dim, 1)
+        window = fall_back_tuple(window, sides)
+        # half before and half after, last axis first, as the inferer does
+        missing = [max(w - n, 0) for w, n in zip(window, sides, strict=True)]
+        self.padding = [part for m in reversed(missing) for part in (m // 2, m - m // 2)]
+        self.mode, self.value = PytorchPadMode(inferer.padding_mode).value, inferer.cval
+        padded = self._pad(image)[0]
+        places = [(slice(None), slice(None), *place) for place in dense_patch_slices(padded.shape[1:], window, window)]
+        contrast = torch.stack([padded[place[1:]].std() for place in places])
+        best = contrast.argsort(descending=True, stable=True)[: route.windows]
+        self.slices = [places[i] for i in sorted(best.tolist())]
+
+    @property
+    def count(self) -> int:
+        """How many windows there are."""
+        return max(1, len(self.slices))
+
+    def loss(self, images: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the mean over the windows of each image's loss, differentiable with respect to the images.
+
+        Only one window at a time is in memory: the gradient is computed window by window, along with the loss.
+
+        Args:
+            images: prompted images (B, C, \\*spatial).
+            loss: windows (B, C, \\*window) to their losses (B,).
+        """
+        images = self._pad(images)
+        if len(self.slices) > 1:
+            return _WindowLoss.apply(images, lambda window: loss(self._cut(window, ...)), self.slices)
+        return loss(self._cut(images, self.slices[0] if self.slices else ...))
+
+    def predict(self, images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the network's outputs (B, K, ...) in the windows, side by side along the first spatial axis."""
+        images = self._pad(images)
+        return torch.cat([network(self._cut(images, place)) for place in self.slices or [...]], dim=2)
+
+    def _pad(self, images: Tensor) -> Tensor:
+        if not any(self.padding):
+            return images
+        options = {"value": self.value} if self.mode == PytorchPadMode.CONSTANT.value else {}
+        return functional.pad(images, self.padding, mode=self.mode, **options)
+
+    def _cut(self, images: Tensor, place: Any) -> Tensor:
+        window = images[place]
+        return window if self.squeezed is None else window.squeeze(self.squeezed)
+
+
+class _WindowLoss(torch.autograd.Function):
+    """The mean loss over windows; the gradient is gathered in the forward, so that no two windows' graphs are held."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, loss: Callable[[Tensor], Tensor], places: Sequence[Any]) -> Tensor:
+        total, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
+        for place in places:
+            with torch.enable_grad():
+                leaf = images[place].detach().requires_grad_()
+                value = loss(leaf)
+                (slope,) = torch.autograd.grad(value.sum(), leaf)
+            total += value.detach() / len(places)
+            gradient[place] += slope / len(places)
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream.view(-1, *[1] * (gradient.ndim - 1)), None, None

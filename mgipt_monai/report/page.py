@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a benchmark: one self-contained HTML page, written from the files of its folder.
+
+Run as ``python -m mgipt_monai.report.page OUT``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgipt_monai.state_file import atomic_path
+
+try:
+    import jinja2
+    import matplotlib  # noqa: F401 (the charts need it)
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(f"the report needs {error.name}: pip install mgipt_monai[benchmark]") from error
+
+from .charts import charts_of
+from .chosen import chosen_images
+from .folder import BenchmarkFolder
+from .formats import percent, points
+from .tables import site_table, summary_table
+from .verdict import verdict
+
+__all__ = ["write_report"]
+
+
+def write_report(folder: str | os.PathLike) -> Path:
+    """Write ``report.html`` into a benchmark's folder from what is there; the same files give the same page.
+
+    Sections whose data are absent are left out: what compares with a baseline, rounds, times, prompts, pictures.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError: if the folder has no ``results.json``.
+        ValueError: if that file is of another schema or version.
+    """
+    benchmark = BenchmarkFolder.read(folder)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mgipt_monai.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points, "json": _json}
+    methods = benchmark.adapting if benchmark.baseline is not None else []
+    html = environment.get_template("report.html.j2").render(
+        results=benchmark.results,
+        timing=benchmark.timing,
+        verdict=verdict(benchmark.results),
+        summary=summary_table(benchmark),
+        sites=site_table(benchmark),
+        charts=list(charts_of(benchmark)),
+        chosen={method: images for method in methods if (images := chosen_images(benchmark, method))},
+    )
+    path = benchmark.path / "report.html"
+    with atomic_path(path) as part:
+        part.write_text(html, encoding="utf-8")
+    return path
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the page of the folder given on the command line."""
+    parser = argparse.ArgumentParser(description="Write the report page of a benchmark folder anew.")
+    parser.add_argument("folder", help="output folder of a benchmark")
+    print(write_report(parser.parse_args(arguments).folder))
+
+
+if __name__ == "__main__":
+    main()

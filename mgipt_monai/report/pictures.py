@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small pictures of each image of a stream, kept for the report: what came in, as prompted, and the masks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.utils import CommonKeys, convert_to_tensor
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from mgipt_monai.state_file import atomic_path
+
+__all__ = ["ADAPTED", "INPUT", "MASK", "PictureWriter", "picture_path", "read_masks", "write_masks"]
+
+INPUT, ADAPTED, MASK = "input.jpg", "adapted.jpg", "mask.png"
+"""Endings of the pictures of the network's input, of the prompted input, and of masks."""
+
+MAX_CLASSES = 8  # bits of a grey value
+
+
+class PictureWriter:
+    """Ignite handler that keeps small pictures of each image that a :class:`StreamingAdaptationEvaluator` has done.
+
+    Under the image's name it writes to ``folder`` the prediction and, if the method changes its input, the prompted
+    image; to ``reference`` the network's input and the reference mask. Images are JPEG, of one or three channels (of
+    another count the first channel is shown); masks are PNG whose bit ``k`` is class ``k``, of the input picture's
+    size. Of a volume (C, D, H, W) it shows the plane of the last axis in which the reference has most voxels.
+
+    Args:
+        folder: where the pictures of this run go.
+        adapted_input: gives the prompted image (1, C, \\*spatial) for the network's input of the same shape; None for
+            a method that leaves its input as it is.
+        reference: folder for what all methods share; pictures that are there already are kept. None writes none.
+        side: longest side of the pictures in pixels; smaller images keep their size.
+
+    Raises:
+        ValueError: at construction, if ``side`` is below one; in a run, without reference masks or for more than
+            eight classes.
+
+    Example:
+        >>> from ignite.engine import Engine
+        >>> PictureWriter("benchmark/source/pictures", reference="benchmark/reference/pictures").attach(
+        ...     Engine(lambda engine, batch: None)
+        ... )
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        adapted_input: Callable[[Tensor], Tensor] | None = None,
+        reference: str | os.PathLike | None = None,
+        side: int = 256,
+    ) -> None:
+        if side < 1:
+            raise ValueError(f"side must be at least 1 pixel, got {side}")
+        self.folder, self.adapted_input, self.reference, self.side = folder, adapted_input, reference, side
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to an evaluator."""
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        """Write the pictures of the image that is just done."""
+        (output,) = engine.state.output
+        name = engine.state.record["name"]
+        if output.get(CommonKeys.LABEL) is None:
+            raise ValueError(f"{name} has no reference mask: pictures for the report need a labelled stream")
+        image, pred, label = (
+            convert_to_tensor(output[key], track_meta=False).detach()
+            for key in (CommonKeys.IMAGE, CommonKeys.PRED, CommonKeys.LABEL)
+        )
+        place = _fullest_plane(label)
+        shown = _small(_plane(image, place), self.side)
+        size = shown.shape[1:]
+        write_masks(picture_path(self.folder, name, MASK), _mask(pred, place, size))
+        if self.adapted_input is not None:
+            with torch.no_grad():
+                adapted = self.adapted_input(image[None])[0]
+            _write_image(picture_path(self.folder, name, ADAPTED), _small(_plane(adapted, place), self.side))
+        if self.reference is not None:
+            if not picture_path(self.reference, name, INPUT).exists():
+                _write_image(picture_path(self.reference, name, INPUT), shown)
+            if not picture_path(self.reference, name, MASK).exists():
+                write_masks(picture_path(self.reference, name, MASK), _mask(label, place, size))
+
+
+def picture_path(folder: str | os.PathLike, name: str, ending: str) -> Path:
+    """Return the file of an image's picture; a name with slashes has folders of its own."""
+    return Path(folder) / f"{name}.{ending}"
+
+
+def write_masks(path: str | os.PathLike, masks: np.ndarray) -> None:
+    """Write masks (K, H, W) of up to eight classes as one PNG whose bit ``k`` is class ``k``.
+
+    Raises:
+        ValueError: if there are more classes.
+    """
+    if len(masks) > MAX_CLASSES:
+        raise ValueError(f"a mask picture holds at most {MAX_CLASSES} classes, got {len(masks)}")
+    with atomic_path(path) as part:
+        Image.fromarray(np.packbits(masks > 0, axis=0, bitorder="little")[0]).save(part)
+
+
+def read_masks(path: str | os.PathLike, classes: int) -> np.ndarray:
+    """Read masks of 0 and 1, uint8 (classes, H, W), that :func:`write_masks` wrote."""
+    with Image.open(path) as picture:
+        return np.unpackbits(np.asarray(picture)[None], axis=0, count=classes, bitorder="little")
+
+
+def _fullest_plane(label: Tensor) -> float | None:
+    """Return where along the last axis of a volume's reference (K, D, H, W) most of it lies, in (0, 1)."""
+    if label.ndim == 3:
+        return None
+    count = (label > 0).any(dim=0).sum(dim=(0, 1)).cpu().numpy()
+    index = int(count.argmax()) if count.any() else len(count) // 2
+    return (index + 0.5) / len(count)
+
+
+def _plane(volume: Tensor, place: float | None) -> Tensor:
+    return volume if place is None else volume[..., int(place * volume.shape[-1])]
+
+
+def _small(image: Tensor, side: int) -> Tensor:
+    """Return the image (C, H, W) with one or three channels and no side longer than ``side``."""
+    image = image if image.shape[0] in (1, 3) else image[:1]
+    longest = max(image.shape[1:])
+    if longest <= side:
+        return image
+    size = [max(1, round(length * side / longest)) for length in image.shape[1:]]
+    return functional.interpolate(image[None].float(), size=size, mode="area")[0]
+
+
+def _mask(masks: Tensor, place: float | None, size: torch.Size) -> np.ndarray:
+    resized = functional.interpolate(_plane(masks, place)[None].float(), size=tuple(size), mode="nearest-exact")[0]
+    return resized.cpu().numpy()
+
+
+def _write_image(path: Path, image: Tensor) -> None:
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with atomic_path(path) as part:
+        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(part, quality=85)
