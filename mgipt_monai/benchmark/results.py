@@ -20,7 +20,7 @@ SCHEMA, SCHEMA_VERSION = "mgipt_monai.results", 1
 DISTANCES = ("hd95", "asd")
 METRICS = {
     **{name: {"better": "higher", "percent": True, "unit": ""} for name in ("dsc", "e_max", "s")},
-    **{name: {"better": "lower", "percent": False, "unit": "mm, or pixels without a spacing"} for name in DISTANCES},
+    **{name: {"better": "lower", "percent": False, "unit": "mm or pixels"} for name in DISTANCES},
 }
 """How the known metrics are read; any other one counts as in [0, 1], higher is better."""
 

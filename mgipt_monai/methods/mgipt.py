@@ -136,7 +136,8 @@ class MGIPT(AdaptationMethod):
     def prompt_maps(self) -> dict[str, Tensor]:
         """Return the global prompts' teachers, by their sides."""
         teachers = self.global_prompts.adaptation_state()["teachers"]
-        return {" x ".join(map(str, teacher.shape[2:])): teacher[0] for teacher in teachers}
+        place = "" if self.global_prompts.centred else ", one step off centre"
+        return {" x ".join(map(str, teacher.shape[2:])) + place: teacher[0] for teacher in teachers}
 
     def adapted_input(self, image: Tensor) -> Tensor:
         """Return the latest image under its instance prompt, or, without one, under the smallest global prompt."""

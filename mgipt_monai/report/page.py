@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of a benchmark: one self-contained HTML page, written from the files of its folder.
 
-Run as ``python -m mgipt_monai.report.page OUT``.
+Run as ``python -m mgipt_monai.report OUT``.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +68,3 @@ def write_report(folder: str | os.PathLike) -> Path:
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the page of the folder given on the command line."""
-    parser = argparse.ArgumentParser(description="Write the report page of a benchmark folder anew.")
-    parser.add_argument("folder", help="output folder of a benchmark")
-    print(write_report(parser.parse_args(arguments).folder))
-
-
-if __name__ == "__main__":
-    main()

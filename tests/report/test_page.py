@@ -150,7 +150,7 @@ def test_verdict_is_on_the_page(full: Page, tmp_path: Path) -> None:
 def test_same_folder_gives_the_same_bytes_from_the_command_line(full: Page, full_folder: Path) -> None:
     before = (full_folder / "report.html").read_bytes()
     (full_folder / "report.html").unlink()
-    command = [sys.executable, "-m", "mgipt_monai.report.page", str(full_folder)]
+    command = [sys.executable, "-m", "mgipt_monai.report", str(full_folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(full_folder / "report.html")
     assert (full_folder / "report.html").read_bytes() == before
