@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import EventEnum, Events
 from ignite.handlers.tqdm_logger import ProgressBar
@@ -51,6 +52,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     After each image ``state.record`` is its record: ``name``, ``site``, ``round`` where the item has one, ``status``,
     ``seconds``, ``metrics`` where there is a label, and what the method did. After ``run``, ``state.summary`` (a
     :class:`StreamSummary`) has the figures and ``state.metrics`` the overall mean of each metric.
+
+    In a process group of ``torch.distributed`` every process runs it on a stream of its own (see :func:`share_stream`).
+    They gather at the end: figures, failed images and the summary file, which the first process writes, are of all.
 
     Args:
         device: where to run.
@@ -106,7 +110,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         """Run the stream once.
 
         Raises:
-            StreamFailedError: at the end, if images failed.
+            StreamFailedError: at the end, if images failed, in whichever process.
             ValueError: if the stream is empty.
         """
         if isinstance(self.data_loader, Sized):
@@ -116,21 +120,29 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
                 raise ValueError("the stream has no images: give val_data_loader a data set with some")
         self.state.summary = StreamSummary()
         super().run()
+        self.state.summary = self.state.summary.of_all_processes()
         figures = self.state.summary.figures()
         if not figures["all"]["images"] + figures["all"]["failed"]:
             raise ValueError("the stream gave no images: a generator can be run through only once")
         self.state.metrics.update({name: values["mean"] for name, values in figures["all"]["metrics"].items()})
+        failures = self.state.summary.failures
+        count = len(failures) + figures["all"]["images"]
+        failed = f"{len(failures)} of {count} images failed, the others are done:\n  " + "\n  ".join(failures)
+        if idist.get_rank() == 0:
+            self._report(figures)
+            if failures and idist.get_world_size() > 1:
+                logger.error(failed)
+        # the first process that ends with an error may have the others stopped: nothing must be left to do then
+        idist.barrier()
+        if failures:
+            raise StreamFailedError(failed)
+
+    def _report(self, figures: dict[str, dict[str, Any]]) -> None:
         if figures["all"]["images"]:
             logger.info("stream of %d images done\n%s", figures["all"]["images"], self.state.summary.table())
         if self.summary_path is not None:
             with atomic_path(self.summary_path) as part:
                 part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        failures = self.state.summary.failures
-        if failures:
-            count = len(failures) + figures["all"]["images"]
-            raise StreamFailedError(
-                f"{len(failures)} of {count} images failed, the others are done:\n  " + "\n  ".join(failures)
-            )
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
         method = getattr(self.inferer, "method", None)
@@ -153,7 +165,8 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             record |= {"status": "failed", "reason": root_cause(error)}
             logger.error("%s failed: %s", record["name"], record["reason"])
             output = None
-        engine.state.record = {"seconds": time.perf_counter() - start, **record}
+        record.setdefault("seconds", time.perf_counter() - start)
+        engine.state.record = record
         engine.state.summary.add(engine.state.record)
         return output
 

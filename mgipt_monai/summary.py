@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 
 __all__ = ["StreamSummary", "image_means"]
@@ -27,20 +28,34 @@ class StreamSummary:
     """
 
     def __init__(self) -> None:
-        self._rows: dict[str, list[dict[str, Any]]] = {}
+        self._rows: list[dict[str, Any]] = []
         self._totals: dict[str, tuple[float, int]] = {}
-        self.failures: list[str] = []
-        """Name and reason of each image that failed."""
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take one record (see :class:`mgipt_monai.RecordFile`); only its figures are kept."""
-        kept = {key: row.get(key) for key in ("status", "seconds", "metrics")}
-        self._rows.setdefault(row["site"], []).append(kept)
+        """Take one record (see :class:`mgipt_monai.RecordFile`); only its figures, and why it failed, are kept."""
+        kept = {key: row.get(key) for key in ("site", "status", "seconds", "metrics")}
+        if row["status"] != "ok":
+            kept["failure"] = f"{row['name']}: {row['reason']}"
+        self._take(kept)
+
+    def _take(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
         for metric, mean in image_means(row).items():
             total, count = self._totals.get(metric, (0.0, 0))
             self._totals[metric] = (total + mean, count + 1)
-        if row["status"] != "ok":
-            self.failures.append(f"{row['name']}: {row['reason']}")
+
+    @property
+    def failures(self) -> list[str]:
+        """Name and reason of each image that failed."""
+        return [row["failure"] for row in self._rows if "failure" in row]
+
+    def of_all_processes(self) -> StreamSummary:
+        """Return the summary of the images of every process of ``torch.distributed``, which must all call this."""
+        whole = StreamSummary()
+        for rows in idist.all_gather(self._rows):
+            for row in rows:
+                whole._take(row)
+        return whole
 
     @property
     def means(self) -> dict[str, float]:
@@ -54,8 +69,10 @@ class StreamSummary:
         ``mean`` over images of an image's mean over classes, and ``worst_tenth``, the mean of the lowest tenth of the
         images by it (one image at least). Values that are not a number (a class that is absent) are left out.
         """
-        pooled = [row for rows in self._rows.values() for row in rows]
-        return {site: _figures(rows) for site, rows in {**self._rows, ALL: pooled}.items()}
+        by_site: dict[str, list[dict[str, Any]]] = {}
+        for row in self._rows:
+            by_site.setdefault(row["site"], []).append(row)
+        return {site: _figures(rows) for site, rows in {**by_site, ALL: self._rows}.items()}
 
     def table(self, metric: str = "dsc") -> str:
         """Return the figures of one metric as lines of text, in percent; without it the counts and times alone."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -248,6 +250,15 @@ def test_resuming_a_finished_stream_does_nothing(tmp_path: Path) -> None:
         handler = TestTimeAdaptationHandler(mgipt, tmp_path / "state.pt", resume=resume)
         evaluator(mgipt.network, val_handlers=[handler]).run()
         assert mgipt.images_seen == 3
+
+
+def test_stream_that_has_become_shorter_is_not_resumed(tmp_path: Path) -> None:
+    for count, error in ((3, None), (2, "the stream has changed since it was interrupted (3 done of 2)")):
+        mgipt = MGIPT(tiny_network(), steps=2)
+        handler = TestTimeAdaptationHandler(mgipt, tmp_path / "state.pt", resume=error is not None)
+        engine = evaluator(mgipt.network, loader(count), val_handlers=[handler])
+        with nullcontext() if error is None else pytest.raises(ValueError, match=re.escape(error)):
+            engine.run()
 
 
 def test_stream_can_start_from_an_earlier_ones_state(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from .cameras import CAMERAS, Camera
 from .save_mask import SaveMaskd
 from .stream_dataset import StreamDataset
 from .stream_order import order_stream
+from .stream_share import share_stream
 from .streams import find_stream
 from .transforms import CheckImaged, LabelToChannelsd
 
@@ -19,4 +20,5 @@ __all__ = [
     "StreamDataset",
     "find_stream",
     "order_stream",
+    "share_stream",
 ]

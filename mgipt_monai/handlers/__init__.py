@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .adaptation import TestTimeAdaptationHandler
+from .average_prompts import AveragePromptsHandler
 from .peak_memory import PeakMemoryHandler
 
-__all__ = ["PeakMemoryHandler", "TestTimeAdaptationHandler"]
+__all__ = ["AveragePromptsHandler", "PeakMemoryHandler", "TestTimeAdaptationHandler"]

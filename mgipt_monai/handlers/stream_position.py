@@ -71,7 +71,9 @@ def skip_done(engine: Engine, position: int, rows: list[dict[str, Any]]) -> None
         if isinstance(item, dict) and item.get("name", row["name"]) != row["name"]:
             raise ValueError(f"the stream has changed since it was interrupted ({row['name']}): start it anew")
     count = len(loader.dataset)
-    if position >= count:
+    if position > count:
+        raise ValueError(f"the stream has changed since it was interrupted ({position} done of {count}): start it anew")
+    if position == count:
         logger.info("all %d images of the stream are done", position)
         engine.terminate()
         return

@@ -42,6 +42,8 @@ class AdaptationMethod(nn.Module, ABC):
 
     takes_windows = False
     """Whether the method can predict through a sliding-window inferer."""
+    averaged: tuple[str, ...] = ()
+    """Names of the tensors in the adaptation state whose mean over several streams is a state to go on with."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -138,12 +140,8 @@ class AdaptationMethod(nn.Module, ABC):
 
     def adaptation_state(self) -> dict[str, Any]:
         """Return what lasts from image to image: a dict of tensors (copies, on the CPU) and plain types, no network."""
-        return {
-            "version": STATE_VERSION,
-            "method": type(self).__name__,
-            "images_seen": self.images_seen,
-            **self._state(),
-        }
+        own = {"version": STATE_VERSION, "method": type(self).__name__, "images_seen": self.images_seen}
+        return {**own, **self._state()}
 
     def load_adaptation_state(self, state: dict[str, Any]) -> None:
         """Take up a stream where it was left.

@@ -139,6 +139,11 @@ class MGIPT(AdaptationMethod):
         place = "" if self.global_prompts.centred else ", one step off centre"
         return {" x ".join(map(str, teacher.shape[2:])) + place: teacher[0] for teacher in teachers}
 
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """The global prompts: students hold what was learnt, and teachers averaged alone would jump back to theirs."""
+        return ("students", "teachers") if self.global_prompts.sizes else ()
+
     def adapted_input(self, image: Tensor) -> Tensor:
         """Return the latest image under its instance prompt, or, without one, under the smallest global prompt."""
         with torch.no_grad():
