@@ -7,7 +7,7 @@ from . import data, handlers, methods, networks
 from .benchmark import Benchmark
 from .data import find_stream, order_stream
 from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
-from .handlers import TestTimeAdaptationHandler
+from .handlers import SourceStatisticsHandler, TestTimeAdaptationHandler
 from .inferers import AdaptiveInferer
 from .methods import MGIPT, SAR, VPTTA, AdaptationMethod, BatchNormAdaptation, CoTTA, GraTa, Source, Tent
 from .networks import SourceStatistics, measure_source_statistics
@@ -32,6 +32,7 @@ __all__ = [
     "RecordFile",
     "Source",
     "SourceStatistics",
+    "SourceStatisticsHandler",
     "StreamFailedError",
     "StreamSummary",
     "StreamingAdaptationEvaluator",

@@ -22,6 +22,7 @@ from torch import nn
 
 from .data.stream_dataset import FAILURE, PLACE
 from .errors import root_cause
+from .file_names import file_names, naming
 from .image_measures import ImageMeasures
 from .state_file import atomic_path
 from .summary import StreamSummary
@@ -148,7 +149,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         method = getattr(self.inferer, "method", None)
         before = None if method is None else method.adaptation_state()
         start = time.perf_counter()
-        record = {"name": "", "site": ""} | {key: _first(batchdata[key]) for key in PLACE if key in batchdata}
+        files = file_names(batchdata)
+        place = {key: _first(batchdata[key]) for key in PLACE if key in batchdata}
+        record = {"name": files[0] if files else "", "site": "", **place}
         try:
             if FAILURE in batchdata:
                 raise ValueError(_first(batchdata[FAILURE]))
@@ -162,7 +165,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
                 method.load_adaptation_state(before)
             if self.stop_on_failure:
                 raise
-            record |= {"status": "failed", "reason": root_cause(error)}
+            record |= {"status": "failed", "reason": naming(root_cause(error), files)}
             logger.error("%s failed: %s", record["name"], record["reason"])
             output = None
         record.setdefault("seconds", time.perf_counter() - start)

@@ -280,9 +280,15 @@ def test_broken_state_file_is_named(tmp_path: Path, mgipt: MGIPT) -> None:
     assert not isinstance(engine.inferer, AdaptiveInferer)
 
 
-def test_stats_handler_beside_it_still_sees_the_exception(mgipt: MGIPT) -> None:
-    data = [{"image": torch.full((1, 3, 24, 24), float("nan"))}]
-    engine = evaluator(mgipt.network, data=data, val_handlers=[TestTimeAdaptationHandler(mgipt), StatsHandler()])
+@pytest.mark.parametrize("first", [True, False])
+def test_failure_is_heard_of_beside_a_stats_handler_which_raises_it_anew(
+    first: bool, mgipt: MGIPT, tmp_path: Path
+) -> None:
+    data = [{"image": image} for image in [stream(1)[0], torch.full((1, 3, 24, 24), float("nan"))]]
+    handlers = [TestTimeAdaptationHandler(mgipt, tmp_path / "state.pt", save_every=5), StatsHandler()]
+    engine = evaluator(mgipt.network, data=data, val_handlers=handlers if first else handlers[::-1])
+    inferer = engine.inferer
     with pytest.raises(ValueError, match="NaN"):
         engine.run()
-    assert mgipt.images_seen == 0
+    assert engine.inferer is inferer
+    assert load_state(tmp_path / "state.pt")["position"] == mgipt.images_seen == 1

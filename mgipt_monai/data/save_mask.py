@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.transforms import MapTransform, SaveImage
+from monai.data import MetaTensor, NibabelWriter, PILWriter
+from monai.transforms import MapTransform
 
 from mgipt_monai.state_file import atomic_path
 
@@ -24,7 +25,8 @@ class SaveMaskd(MapTransform):
     """Save masks as one image each: PNG for photographs, NIfTI (same affine) for NIfTI.
 
     The file is ``<output_dir>/<name><ending>`` with the item's ``name`` (see :func:`mgipt_monai.find_stream`), or the
-    input's own name. It is written whole or not at all. The mask must be in the input's geometry already (``Invertd``).
+    input's own name. It is written whole or not at all. The mask must be in the input's geometry already (``Invertd``);
+    only the last axis of a NIfTI file of one slice may be missing, and is put back.
 
     Args:
         keys: masks of 0 and 1, one channel per structure (C, \\*spatial).
@@ -65,18 +67,14 @@ class SaveMaskd(MapTransform):
             nifti = source.lower().endswith((".nii", ".nii.gz"))
             path = self.output_dir / f"{data.get('name', stem(source))}{'.nii.gz' if nifti else '.png'}"
             with atomic_path(path) as part:
-                ending = ".nii.gz" if nifti else ".png"
-                saver = SaveImage(
-                    output_ext=ending,
-                    writer="NibabelWriter" if nifti else "PILWriter",
-                    output_dtype=np.uint8,
-                    scale=None,
-                    resample=False,
-                    print_log=False,
-                )
-                if not nifti:
-                    saver.set_options(write_kwargs={"reverse_indexing": self.reverse_indexing})
-                saver(self._draw(data[key]), filename=str(part)[: -len(ending)])
+                drawn = self._draw(data[key])
+                if nifti:
+                    _write_nifti(drawn, part)
+                else:
+                    writer = PILWriter(output_dtype=np.uint8, scale=None)
+                    writer.set_data_array(drawn)
+                    writer.set_metadata(drawn.meta, resample=False)
+                    writer.write(part, reverse_indexing=self.reverse_indexing)
         return dict(data)
 
     def _draw(self, mask: torch.Tensor) -> torch.Tensor:
@@ -86,3 +84,13 @@ class SaveMaskd(MapTransform):
         for channel, value in zip(mask, self.values, strict=True):
             drawn[0][channel > 0] = value
         return drawn
+
+
+def _write_nifti(mask: MetaTensor, path: Path) -> None:
+    # a file of one slice (H, W, 1) was flattened for a 2D network, and comes back as one
+    missing = len(mask.meta.get("spatial_shape", ())) - (mask.ndim - 1)
+    writer = NibabelWriter(output_dtype=np.uint8)
+    values = mask[0].reshape(*mask.shape[1:], *[1] * missing)
+    writer.set_data_array(values, channel_dim=-1, squeeze_end_dims=False, spatial_ndim=None)
+    writer.set_metadata(mask.meta, resample=False)
+    writer.write(path)

@@ -10,6 +10,7 @@ from monai.data import Dataset
 from monai.utils import ensure_tuple
 
 from mgipt_monai.errors import root_cause
+from mgipt_monai.file_names import naming
 
 __all__ = ["FAILURE", "PLACE", "StreamDataset"]
 
@@ -40,7 +41,7 @@ class StreamDataset(Dataset):
             return super()._transform(index)
         except Exception as error:
             place = {key: item[key] for key in PLACE if key in item}
-            return {**place, FAILURE: explain(error, item)}
+            return {"name": next(iter(files_of(item)), ""), **place, FAILURE: explain(error, item)}
 
 
 def check_file(key: str, path: str | os.PathLike) -> None:
@@ -56,5 +57,11 @@ def explain(error: BaseException, item: dict[str, Any]) -> str:
     text = root_cause(error)
     if "cannot find a suitable reader" in text:
         text = "cannot be read as an image: copy it again, or convert it to PNG or NIfTI"
-    files = [str(path) for key in ("image", "label") for path in ensure_tuple(item.get(key, ()))]
-    return text if any(file in text for file in files) else f"{files[0] if files else item.get('name')}: {text}"
+    if "Compressed file ended" in text:
+        text = "is cut off: copy it again or leave it out"
+    return naming(text, files_of(item) or [str(item.get("name"))])
+
+
+def files_of(item: dict[str, Any]) -> list[str]:
+    """Return the paths of an item's image and label files."""
+    return [str(path) for key in ("image", "label") for path in ensure_tuple(item.get(key, ()))]

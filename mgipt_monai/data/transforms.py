@@ -42,15 +42,19 @@ class CheckImaged(MapTransform):
         for key in self.keys:
             image = data[key]
             check_image(torch.as_tensor(image)[None])
-            if image.shape[0] != self.channels:
-                raise ValueError(
-                    f"{image.shape[0]} channels where the network takes {self.channels}: convert the file, or set "
-                    f"color_mode (RGB for 3 channels, L for 1) to convert on reading"
-                )
             if image.ndim - 1 != self.spatial_dims:
                 raise ValueError(
                     f"{image.ndim - 1} spatial dimensions where the network takes {self.spatial_dims}: "
                     "give it images of that dimension"
+                )
+            if image.shape[0] != self.channels:
+                fix = (
+                    "set color_mode (RGB for 3 channels, L for 1) to convert on reading"
+                    if self.spatial_dims == 2
+                    else "take it apart (the fourth axis of a NIfTI file is its channels)"
+                )
+                raise ValueError(
+                    f"{image.shape[0]} channels where the network takes {self.channels}: convert the file, or {fix}"
                 )
         return dict(data)
 

@@ -6,5 +6,6 @@ from __future__ import annotations
 from .adaptation import TestTimeAdaptationHandler
 from .average_prompts import AveragePromptsHandler
 from .peak_memory import PeakMemoryHandler
+from .source_statistics import SourceStatisticsHandler
 
-__all__ = ["AveragePromptsHandler", "PeakMemoryHandler", "TestTimeAdaptationHandler"]
+__all__ = ["AveragePromptsHandler", "PeakMemoryHandler", "SourceStatisticsHandler", "TestTimeAdaptationHandler"]

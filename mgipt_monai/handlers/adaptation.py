@@ -12,12 +12,14 @@ from ignite.engine import Engine, Events
 
 from mgipt_monai.engines import AdaptationEvents
 from mgipt_monai.errors import root_cause
+from mgipt_monai.file_names import file_names
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.records import RecordFile, in_words
 from mgipt_monai.state_file import load_state, save_state
 
 from .stream_position import records_of, site_of, skip_done
+from .supervised_evaluator import check_engine, hear_of_failure
 
 __all__ = ["TestTimeAdaptationHandler"]
 
@@ -87,8 +89,10 @@ class TestTimeAdaptationHandler:
 
         Raises:
             RuntimeError: if another adaptation handler is attached, or the evaluator adapts with another method.
-            TypeError: if the evaluator's inferer cannot be replaced, or no method is given anywhere.
+            TypeError: for an engine that is no ``SupervisedEvaluator``; if the evaluator's inferer cannot be replaced,
+                or no method is given anywhere.
         """
+        check_engine(self, engine)
         if getattr(engine, "adaptation_handler", None) is not None:
             raise RuntimeError(
                 "the evaluator has an adaptation handler: with two, each image would be adapted to twice"
@@ -103,7 +107,7 @@ class TestTimeAdaptationHandler:
         if AdaptationEvents.IMAGE_FAILED in engine._allowed_events:
             engine.add_event_handler(AdaptationEvents.IMAGE_FAILED, self._image_done)
         engine.add_event_handler(Events.COMPLETED, self._stop)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self._failed)
+        hear_of_failure(engine, self._failed)
 
     def _agree_on_method(self, engine: Engine) -> None:
         own = engine.inferer.method if isinstance(engine.inferer, AdaptiveInferer) else None
@@ -149,7 +153,7 @@ class TestTimeAdaptationHandler:
         return state
 
     def _image_starts(self, engine: Engine) -> None:
-        self._since = time.perf_counter()
+        self._since, self._files = time.perf_counter(), file_names(engine.state.batch)
         if self.reset_at_site:
             before, self._site = self._site, site_of(engine.state.batch)
             # the evaluator takes the state that a failed image goes back to after this, so the reset stays
@@ -170,6 +174,7 @@ class TestTimeAdaptationHandler:
     def _note(self, position: int) -> None:
         """Remember where the stream stands after a whole image: the only thing that is ever saved."""
         self._done = {"adaptation": self.method.adaptation_state(), "position": position, "site": self._site}
+        self._files: list[str] = []  # of the image at hand
 
     def _save(self) -> None:
         if self.state_path is not None:
@@ -181,11 +186,10 @@ class TestTimeAdaptationHandler:
 
     def _failed(self, engine: Engine, error: BaseException) -> None:
         if self._inferer is None:
-            raise error
-        logger.error("the stream stopped after %d images: %s", self._done["position"], root_cause(error))
+            return
+        at = f", at {', '.join(self._files)}" if self._files else ""
+        logger.error("the stream stopped after %d images%s: %s", self._done["position"], at, root_cause(error))
         # an image that was cut off half-way must leave no trace
         self.method.load_adaptation_state(self._done["adaptation"])
         self._site = self._done["site"]
         self._stop(engine)
-        # ignite takes an exception as handled once a handler has seen it
-        raise error

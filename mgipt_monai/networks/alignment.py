@@ -66,7 +66,7 @@ class AlignedNorms:
         if statistics is None:
             self.layers = find_norm_layers(network, layers)
         else:
-            self.layers = find_listed_layers(network, statistics.layers, layers)
+            self.layers = find_listed_layers(network, statistics.layers, layers, statistics.origin)
         self.source_weight = source_weight
         self.statistics = statistics
         self.targets: dict[str, tuple[Tensor, Tensor]] = {}

@@ -9,15 +9,18 @@ from itertools import chain
 from typing import Any
 
 import torch
+from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
+from mgipt_monai.file_names import file_names
 from mgipt_monai.fingerprint import fingerprint
 
 from .calibration import instance_statistics
 from .layer_features import layer_features
 from .norm_layers import find_measurable_layers
 from .source_statistics import LayerStatistics, SourceStatistics
+from .windows import ForwardRoute, Windows
 
 __all__ = ["measure_source_statistics"]
 
@@ -27,10 +30,12 @@ def measure_source_statistics(
     images: Iterable[Tensor | Mapping[str, Any]],
     layers: str | None = None,
     device: torch.device | str | None = None,
+    inferer: Inferer | None = None,
+    windows: int = 2,
 ) -> SourceStatistics:
     """Measure what source images look like inside a network, at every norm layer or else every convolution.
 
-    The network runs in evaluation mode, one forward per image, and is as it was afterwards. No image is kept.
+    The network runs in evaluation mode, one forward per image or window, and is as it was afterwards. No image is kept.
 
     Args:
         network: the plain source network with its trained weights.
@@ -38,8 +43,12 @@ def measure_source_statistics(
             of the site that the network was trained on, prepared as for inference.
         layers: regular expression on the names of the layers to measure; None measures all.
         device: where the network is; None takes the device of its first parameter.
+        inferer: what images go through when they are adapted to: None for whole images, or a pipeline's
+            ``SlidingWindowInferer`` or ``SliceInferer``. Then each window counts as an image of its own.
+        windows: in how many windows an image is looked at, the same number and the same ones as in adaptation.
 
     Raises:
+        TypeError: for an inferer that adaptation cannot predict through.
         ValueError: if there is no image or no layer to measure, an image has NaN or infinite values, or the network
             makes such values of it.
 
@@ -50,6 +59,8 @@ def measure_source_statistics(
         (3, ['1'], torch.Size([4]))
     """
     chosen = find_measurable_layers(network, layers)
+    route = ForwardRoute()
+    route.change(SimpleInferer() if inferer is None else inferer, windows)
     if device is None:
         device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
     moments = {name: _Moments() for name in chosen}
@@ -59,10 +70,11 @@ def measure_source_statistics(
     try:
         network.eval()
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
-            for count, image in enumerate(_one_by_one(images, device), start=1):
+            for count, (image, file) in enumerate(_one_by_one(images, device), start=1):
                 if not torch.isfinite(image).all():
-                    raise ValueError(f"source image {count} has NaN or infinite values: repair or leave out the file")
-                network(image)
+                    raise ValueError(f"source image {count}{file} has NaN or infinite values: repair or leave it out")
+                for window in Windows(route, image).cut(image):
+                    network(window)
     finally:
         for hook in hooks:
             hook.remove()
@@ -102,9 +114,15 @@ def _observe(moments: _Moments, layer: nn.Module, taken: tuple[Tensor, ...], giv
         moments.add(torch.cat([mean, std]).cpu().double())
 
 
-def _one_by_one(batches: Iterable[Tensor | Mapping[str, Any]], device: torch.device | str) -> Iterable[Tensor]:
+def _one_by_one(
+    batches: Iterable[Tensor | Mapping[str, Any]], device: torch.device | str
+) -> Iterable[tuple[Tensor, str]]:
+    """Yield each image (1, C, \\*spatial), and its file's name in brackets as far as its meta data has one."""
     for batch in batches:
         if isinstance(batch, Mapping) and "image" not in batch:
             raise ValueError(f"a batch has no image: {dict(batch)}")
-        image = batch["image"] if isinstance(batch, Mapping) else batch
-        yield from convert_to_tensor(image, dtype=torch.float32, device=device, track_meta=False).split(1)
+        images = batch["image"] if isinstance(batch, Mapping) else batch
+        names = file_names(images)
+        plain = convert_to_tensor(images, dtype=torch.float32, device=device, track_meta=False)
+        for i, image in enumerate(plain.split(1)):
+            yield image, f" ({names[i]})" if i < len(names) else ""

@@ -15,9 +15,10 @@ __all__ = ["find_listed_layers", "find_measurable_layers", "find_norm_layers", "
 
 CALIBRATE = (
     "python -m monai.bundle run --config_file \"['bundle/configs/inference.yaml','bundle/configs/calibrate.yaml']\" "
-    "--bundle_root bundle --dataset_dir SOURCE_IMAGES --ckpt_path WEIGHTS"
+    "--bundle_root bundle --dataset_dir SOURCE_IMAGES --ckpt_path WEIGHTS (or, for a bundle of your own, by laying "
+    "configs/existing_calibrate.yaml over its inference config)"
 )
-"""The command that writes a statistics file."""
+"""How a statistics file is written."""
 
 GIVE_A_FILE = (
     "measure them once over source images and give the file as statistics (in the bundle: statistics_path); it is made "
@@ -83,13 +84,16 @@ def find_measurable_layers(network: nn.Module, pattern: str | None = None) -> di
     return _matching(usable, pattern, "norm layer or convolution")
 
 
-def find_listed_layers(network: nn.Module, names: Iterable[str], pattern: str | None = None) -> dict[str, nn.Module]:
+def find_listed_layers(
+    network: nn.Module, names: Iterable[str], pattern: str | None = None, origin: str = "the statistics"
+) -> dict[str, nn.Module]:
     """Find the layers of a statistics file.
 
     Args:
         network: the network that the file was made for.
         names: the dotted names of the file's layers.
         pattern: regular expression that a name must contain; None takes all.
+        origin: what to call the file in a message.
 
     Returns:
         Name to layer, in the file's order.
@@ -100,8 +104,8 @@ def find_listed_layers(network: nn.Module, names: Iterable[str], pattern: str | 
     layers = dict(network.named_modules())
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
-            f"the statistics file was made for another network, {type(network).__name__} has no layer "
-            f"{', '.join(unknown[:4])}: make it anew with {CALIBRATE}"
+            f"{origin} were made for another network, {type(network).__name__} has no layer "
+            f"{', '.join(unknown[:4])}: make them anew with {CALIBRATE}"
         )
     return _matching({name: layers[name] for name in names}, pattern, "layer of the statistics file")
 

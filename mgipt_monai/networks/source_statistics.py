@@ -25,7 +25,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer's features, per channel, each (C,) float32.
+    """Statistics of one layer's features, per channel, each (C,) float32. With sliding windows an image is a window.
 
     Attributes:
         mean: mean over the source images of an image's mean.
@@ -48,6 +48,7 @@ class SourceStatistics:
         layers: dotted name to statistics, in the network's order.
         images: number of source images.
         fingerprint: of the weights that they were measured with, see :func:`mgipt_monai.fingerprint.fingerprint`.
+        path: the file that they were read from; None if they were not.
 
     Raises:
         ValueError: at construction, for statistics that are not finite numbers, one per channel.
@@ -56,6 +57,12 @@ class SourceStatistics:
     layers: dict[str, LayerStatistics]
     images: int
     fingerprint: str
+    path: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """What to call them in a message."""
+        return "the statistics" if self.path is None else f"the statistics in {self.path}"
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
@@ -85,7 +92,7 @@ class SourceStatistics:
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']!r}, this needs {VERSION}")
             layers = {name: LayerStatistics(**layer) for name, layer in content["layers"].items()}
-            return cls(layers, content["images"], content["fingerprint"])
+            return cls(layers, content["images"], content["fingerprint"], os.fspath(path))
         except Exception as error:
             raise ValueError(
                 f"{path} is not a readable statistics file ({error}): make it anew with {CALIBRATE}"
@@ -95,8 +102,8 @@ class SourceStatistics:
         """Raise ValueError unless ``network`` has the very weights that the statistics were measured with."""
         if fingerprint(network) != self.fingerprint:
             raise ValueError(
-                f"the statistics file was made for other weights than this {type(network).__name__} has: "
-                f"make it anew with {CALIBRATE}"
+                f"{self.origin} were made for other weights than this {type(network).__name__} has: "
+                f"make them anew with {CALIBRATE}"
             )
 
 

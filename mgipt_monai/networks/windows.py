@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,8 +100,12 @@ class Windows:
 
     def predict(self, images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the network's outputs (B, K, ...) in the windows, side by side along the first spatial axis."""
+        return torch.cat([network(window) for window in self.cut(images)], dim=2)
+
+    def cut(self, images: Tensor) -> Iterator[Tensor]:
+        """Cut the windows (B, C, \\*window) out of images (B, C, \\*spatial), one by one, as the network takes them."""
         images = self._pad(images)
-        return torch.cat([network(self._cut(images, place)) for place in self.slices or [...]], dim=2)
+        return (self._cut(images, place) for place in self.slices or [...])
 
     def _pad(self, images: Tensor) -> Tensor:
         if not any(self.padding):

@@ -24,13 +24,18 @@ QUICK = {"spatial_size": "[64,64]", "instance_prompt#steps": "1"}
 
 
 def run_bundle(
-    configs: Sequence[str | Path], check: bool = True, launcher: Sequence[str] = (), **settings: object
+    configs: Sequence[str | Path],
+    check: bool = True,
+    launcher: Sequence[str] = (),
+    run_id: str = "run",
+    bundle_root: Path = BUNDLE,
+    **settings: object,
 ) -> subprocess.CompletedProcess:
     """Run ``python -m monai.bundle run`` with config files laid over each other and settings overridden."""
     files = ",".join(f"'{config if Path(config).is_absolute() else ROOT / config}'" for config in configs)
+    settings = {"config_file": f"[{files}]", "bundle_root": bundle_root, **settings}
     overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, *launcher, "-m", "monai.bundle", "run"]
-    overrides = ["--config_file", f"[{files}]", "--bundle_root", str(BUNDLE), *overrides]
+    command = [sys.executable, *launcher, "-m", "monai.bundle", "run", run_id]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, cwd=ROOT, timeout=300, env=ONE_THREAD)
     if check and done.returncode:
         raise AssertionError(done.stdout[-3000:] + done.stderr[-3000:])

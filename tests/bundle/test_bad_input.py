@@ -127,7 +127,7 @@ def test_stop_on_failure_stops_at_once(tmp_path: Path, site: Path) -> None:
         ({"output_dir": "/proc/none"}, "cannot write to the output folder /proc/none"),
         (
             {"network_def#norm": "instance", "ckpt_path": "{tmp}/instance.pt"},
-            "no batch norm with stored source statistics",
+            "UNet stores no source statistics to align with (found 17 x InstanceNorm2d): measure them once",
         ),
         ({"spatial_size": "[5,5]"}, "smaller than a prompt of side 7"),
         ({"sites": "['west']"}, "no image of site west"),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,13 @@ def test_shipped_weights_fit_the_network_strictly() -> None:
     network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True), strict=True)
 
 
+# these are laid over other bundles' configs
+EXISTING = sorted(ROOT.glob("configs/existing_*.yaml"))
 # train.yaml is left out, it brings a trainer and so most of its keys with it
-OVERLAYS = [
+OVERLAYS = {
     *ROOT.glob("configs/**/*.yaml"),
     *(CONFIGS / f"{name}.yaml" for name in ("evaluate", "calibrate", "benchmark")),
-]
+} - {*EXISTING}
 
 
 @pytest.mark.parametrize("path", sorted(OVERLAYS), ids=lambda path: path.name)
@@ -125,6 +128,13 @@ def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
     allowed = known | own["evaluate.yaml"] | own.get(path.name, set())
     keys = {key.lstrip("+").split("#")[0] for key in yaml.safe_load(path.read_text())}
     assert keys <= allowed
+
+
+@pytest.mark.parametrize("path", EXISTING, ids=lambda path: path.name)
+def test_overlay_for_other_bundles_uses_all_that_it_sets_and_little_of_theirs(path: Path) -> None:
+    text = path.read_text()
+    used = set(re.findall(r"@(\w+)", re.sub(r"#.*", "", text)))
+    assert used - {"evaluator", "bundle_root"} == set(yaml.safe_load(text)) - {"+initialize"}
 
 
 def test_released_overlay_is_the_released_preset(tmp_path: Path, demo_sites: Path) -> None:

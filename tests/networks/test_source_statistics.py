@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.inferers import PatchInferer, SlidingWindowInferer
 from torch import Tensor, nn
+from torch.nn import functional
 
-from mgipt_monai import SourceStatistics, measure_source_statistics
+from mgipt_monai import MGIPT, SourceStatistics, measure_source_statistics
 from mgipt_monai.fingerprint import fingerprint
 from tests.conftest import MixedNet, identical, snapshot, stream, tiny_network
 
@@ -82,6 +84,38 @@ def test_images_may_differ_in_size() -> None:
     apart = [measure_source_statistics(network, [image]).layers["group"].mean for image in images]
     together = measure_source_statistics(network, images).layers["group"].mean
     torch.testing.assert_close(together, (apart[0] + apart[1]) / 2)
+
+
+def test_each_window_counts_as_an_image_the_windows_that_adaptation_looks_at() -> None:
+    network, image = MixedNet(), stream(1, size=32)[0]
+    image[..., :16] *= torch.linspace(1, 3, 16)  # of more contrast, so that the two left windows are looked at
+    sliding = SlidingWindowInferer(roi_size=16, sw_batch_size=4, overlap=0.5)
+    measured = measure_source_statistics(network, [image], inferer=sliding, windows=2)
+    crops = measure_source_statistics(network, [image[..., :16, :16], image[..., 16:, :16]])
+    assert (measured.images, crops.images) == (1, 2)
+    for name, layer in measured.layers.items():
+        assert identical(vars(layer), vars(crops.layers[name]))
+
+
+def test_images_smaller_than_the_window_are_padded_as_in_adaptation() -> None:
+    network, images = MixedNet(), stream(2, size=12)
+    sliding = SlidingWindowInferer(roi_size=16, padding_mode="replicate")
+    measured = measure_source_statistics(network, images, inferer=sliding)
+    padded = measure_source_statistics(network, [functional.pad(image, [2] * 4, mode="replicate") for image in images])
+    assert same(measured, padded)
+
+
+def test_inferer_that_adaptation_cannot_predict_through_is_refused() -> None:
+    with pytest.raises(TypeError, match="not through a PatchInferer"):
+        measure_source_statistics(MixedNet(), stream(1), inferer=PatchInferer(splitter=None))
+
+
+def test_bad_source_image_is_named_by_its_file() -> None:
+    files = ["a.png", "b.png", "c.png"]
+    batch = MetaTensor(torch.cat(stream(3)), meta={"filename_or_obj": files})
+    batch[1, 0, 3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"source image 2 \(b.png\) has NaN"):
+        measure_source_statistics(MixedNet(), [{"image": batch}])
 
 
 def test_spread_of_a_single_image_is_zero() -> None:
@@ -166,8 +200,19 @@ def test_other_weights_are_refused_with_the_command_that_helps() -> None:
     statistics = measure_source_statistics(network, stream(1))
     statistics.check(copy.deepcopy(network))
     network.head.bias.data[0] += 1
-    with pytest.raises(ValueError, match=f"made for other weights than this MixedNet.*{CALIBRATE}"):
+    with pytest.raises(ValueError, match=f"the statistics were made for other weights than this MixedNet.*{CALIBRATE}"):
         statistics.check(network)
+
+
+def test_refused_statistics_are_named_by_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.pt"
+    measure_source_statistics(MixedNet(), stream(1)).save(path)
+    with pytest.raises(ValueError, match=rf"the statistics in {path} were made for other weights"):
+        SourceStatistics.load(path).check(MixedNet(seed=1))
+    with pytest.raises(
+        ValueError, match=rf"the statistics in {path} were made for another network, .* has no layer inst"
+    ):
+        MGIPT(tiny_network(), statistics=path)
 
 
 def spoil(content: dict, how: str) -> object:

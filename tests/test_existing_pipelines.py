@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluators that people have: volumes in sliding windows, networks without batch norm, ignite without MONAI."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from ignite.engine import create_supervised_evaluator
+from ignite.metrics import Loss
+from monai.data import DataLoader, Dataset, MetaTensor
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.handlers import CheckpointLoader, StatsHandler
+from monai.inferers import SlidingWindowInferer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from mgipt_monai import (
+    MGIPT,
+    RecordFile,
+    SourceStatistics,
+    SourceStatisticsHandler,
+    TestTimeAdaptationHandler,
+    load_state,
+    measure_source_statistics,
+    save_state,
+)
+from tests.conftest import identical, same_state, snapshot, stream
+
+SLIDING = SlidingWindowInferer(roi_size=(12, 12, 12), sw_batch_size=3, overlap=0.5, mode="gaussian")
+
+
+def instance_network(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    norm = nn.InstanceNorm3d(4, affine=True)
+    return nn.Sequential(nn.Conv3d(1, 4, 3, padding=1), norm, nn.ReLU(), nn.Conv3d(4, 3, 1)).eval()
+
+
+def volumes(count: int = 2) -> list[Tensor]:
+    return [image[..., :14] for image in stream(count, size=20, channels=1, dims=3)]
+
+
+def volume_loader(images: list[Tensor]) -> DataLoader:
+    meta = [{"filename_or_obj": f"in/volume_{i}.nii.gz"} for i in range(len(images))]
+    items = [{"image": MetaTensor(image[0], meta=each)} for image, each in zip(images, meta, strict=True)]
+    return DataLoader(Dataset(items), batch_size=1)
+
+
+def test_volumes_without_batch_norm_are_measured_and_adapted_in_the_pipelines_own_windows(tmp_path: Path) -> None:
+    weights, path = tmp_path / "model.pt", tmp_path / "statistics.pt"
+    torch.save(instance_network().state_dict(), weights)
+
+    def evaluator(network: nn.Module, handler: object) -> SupervisedEvaluator:
+        loading = CheckpointLoader(str(weights), {"model": network})
+        handlers = [loading, StatsHandler(iteration_log=False), handler]
+        return SupervisedEvaluator("cpu", volume_loader(volumes()), network, inferer=SLIDING, val_handlers=handlers)
+
+    # weights of its own until the run starts
+    network = instance_network(seed=5)
+    evaluator(network, SourceStatisticsHandler(path, windows=3)).run()
+    statistics, expected = (
+        SourceStatistics.load(path),
+        measure_source_statistics(instance_network(), volumes(), inferer=SLIDING, windows=3),
+    )
+    assert (statistics.images, statistics.fingerprint) == (2, expected.fingerprint)
+    assert identical(vars(statistics.layers["1"]), vars(expected.layers["1"]))
+
+    network = instance_network(seed=5)
+    mgipt = MGIPT(network, statistics=path, head="softmax", steps=1)
+    records = tmp_path / "records.jsonl"
+    engine = evaluator(network, TestTimeAdaptationHandler(mgipt, record_path=records, windows=3))
+    engine.run()
+    rows = RecordFile(records).read()
+    assert [(row["name"], row["status"]) for row in rows] == [(f"in/volume_{i}.nii.gz", "ok") for i in range(2)]
+    assert all(row["backwards"] == 3 * (3 + len(row["consistency"])) for row in rows)
+    assert engine.state.output[0]["pred"].shape == (3, 20, 20, 14)
+    assert identical(snapshot(network), snapshot(instance_network()))
+
+
+def test_measuring_takes_the_place_of_the_run(tmp_path: Path) -> None:
+    network, seen = instance_network(), []
+    engine = SupervisedEvaluator("cpu", volume_loader(volumes()), network, inferer=SLIDING, postprocessing=seen.append)
+    SourceStatisticsHandler(tmp_path / "statistics.pt", layers="^1$").attach(engine)
+    engine.run()
+    assert (tmp_path / "statistics.pt").is_file()
+    assert not seen
+    assert engine.state.iteration == 0
+
+
+def test_bad_volume_is_named_in_the_log_and_leaves_no_trace(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    network, images = instance_network(), volumes(3)
+    mgipt = MGIPT(network, statistics=measure_source_statistics(network, images), steps=1)
+    handler = TestTimeAdaptationHandler(mgipt, tmp_path / "state.pt", windows=1)
+    alone = MGIPT(network, statistics=mgipt.statistics, steps=1)
+    SupervisedEvaluator(
+        "cpu",
+        volume_loader(images[:1]),
+        network,
+        inferer=SLIDING,
+        val_handlers=[TestTimeAdaptationHandler(alone, windows=1)],
+    ).run()
+    images[1] = images[1][..., :5]
+    engine = SupervisedEvaluator("cpu", volume_loader(images), network, inferer=SLIDING, val_handlers=[handler])
+    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="20x20x5 is smaller than a prompt of side 7"):
+        engine.run()
+    assert "the stream stopped after 1 images, at in/volume_1.nii.gz: an image of 20x20x5" in caplog.text
+    assert same_state(load_state(tmp_path / "state.pt")["adaptation"], alone.adaptation_state())
+
+
+def test_file_that_a_failing_loader_could_not_read_is_not_mixed_up_with_the_one_before(
+    network: nn.Module, caplog: pytest.LogCaptureFixture
+) -> None:
+    def images():
+        yield {"image": MetaTensor(stream(1)[0], meta={"filename_or_obj": ["good.png"]})}
+        raise OSError("bad.png is broken")
+
+    engine = SupervisedEvaluator(
+        "cpu", images(), network, val_handlers=[TestTimeAdaptationHandler(MGIPT(network, steps=1))]
+    )
+    with caplog.at_level(logging.ERROR), pytest.raises(OSError, match=r"bad\.png"):
+        engine.run()
+    assert "the stream stopped after 1 images: bad.png is broken" in caplog.text
+
+
+def test_method_stands_where_the_network_stood_in_an_evaluator_of_ignite(tmp_path: Path, network: nn.Module) -> None:
+    images = stream(3)
+    data = [(image, (image.mean(dim=1) > 0.5).long()) for image in images]
+    mgipt, alone = (MGIPT(network, head="softmax", steps=1) for _ in range(2))
+    expected = [alone(image) for image in images]
+    evaluator = create_supervised_evaluator(mgipt, metrics={"loss": Loss(cross_entropy)})
+    loss = evaluator.run(data[:2]).metrics["loss"]
+    assert torch.equal(evaluator.state.output[0], expected[1])
+    assert loss == pytest.approx(sum(cross_entropy(expected[i], data[i][1]).item() for i in range(2)) / 2)
+    # a later process takes the stream up where this one left it
+    save_state(mgipt.adaptation_state(), tmp_path / "state.pt")
+    later = MGIPT(network, head="softmax", steps=1)
+    later.load_adaptation_state(load_state(tmp_path / "state.pt"))
+    assert torch.equal(later(images[2]), expected[2])
+
+
+@pytest.mark.parametrize("make", [TestTimeAdaptationHandler, lambda: SourceStatisticsHandler("statistics.pt")])
+def test_handlers_refuse_engines_that_they_cannot_work_with(make, network: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"not with a Engine: .*create_supervised_evaluator\(MGIPT\(network\)\)"):
+        make().attach(create_supervised_evaluator(network))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    trainer = SupervisedTrainer("cpu", 1, [], network, optimizer, cross_entropy)
+    with pytest.raises(TypeError, match="not with a SupervisedTrainer"):
+        make().attach(trainer)
