@@ -13,6 +13,7 @@ from .methods import MGIPT, SAR, VPTTA, AdaptationMethod, BatchNormAdaptation, C
 from .networks import SourceStatistics, measure_source_statistics
 from .records import RecordFile
 from .state_file import load_state, save_state
+from .stream_file import StreamFile
 from .summary import StreamSummary
 from .weights import load_source_weights
 
@@ -34,6 +35,7 @@ __all__ = [
     "SourceStatistics",
     "SourceStatisticsHandler",
     "StreamFailedError",
+    "StreamFile",
     "StreamSummary",
     "StreamingAdaptationEvaluator",
     "Tent",

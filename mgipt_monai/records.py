@@ -74,6 +74,8 @@ def in_words(row: dict[str, Any]) -> str:
     words = [row["name"]]
     if row.get("instance_size"):
         words.append(f"size {row['instance_size']}, loss {row['loss_before']:.4g} -> {row['loss_after']:.4g}")
+    if row.get("decision") == "unadapted":
+        words.append(f"unadapted: {row['reasons'][0]}")
     words.append(f"{row.get('forwards', 0) + row.get('backwards', 0)} F")
     return ", ".join([*words, f"{row['seconds']:.2f} s"])
 

@@ -92,6 +92,9 @@ def same_state(one: dict, other: dict) -> bool:
                 torch.equal(a, b) for a, b in zip(value, other[key], strict=True)
             ):
                 return False
+        elif isinstance(value, dict):
+            if not same_state(value, other[key]):
+                return False
         elif value != other[key]:
             return False
     return True

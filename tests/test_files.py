@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mgipt_monai import RecordFile, StreamSummary, load_source_weights, load_state, save_state
+from mgipt_monai.records import in_words
 from mgipt_monai.state_file import atomic_path
 from tests.conftest import identical, snapshot, tiny_network
 
@@ -64,6 +65,13 @@ def test_records_survive_a_line_cut_off(tmp_path: Path) -> None:
     assert [row["name"] for row in records.read()] == ["0", "1", "new"]
     with pytest.raises(ValueError, match="3 of the 9"):
         records.keep(9)
+
+
+def test_log_line_says_why_an_image_fell_back() -> None:
+    row = {"name": "eye", "status": "ok", "seconds": 0.5, "forwards": 43, "decision": "adapted", "reasons": ["far"]}
+    assert in_words(row) == "eye, 43 F, 0.50 s"
+    refused = {**row, "decision": "unadapted", "reasons": ["the mask is empty", "far"]}
+    assert in_words(refused) == "eye, unadapted: the mask is empty, 43 F, 0.50 s"
 
 
 def row(site: str, disc: float | None, cup: float | None, status: str = "ok") -> dict:

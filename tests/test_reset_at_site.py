@@ -170,12 +170,12 @@ def test_next_run_and_start_from_know_the_latest_site(tmp_path: Path) -> None:
         assert same(outputs, expected)
 
 
-def test_site_is_not_known_any_more_after_a_run_without_resets(tmp_path: Path) -> None:
+def test_the_latest_site_is_known_after_a_run_without_resets_too(tmp_path: Path) -> None:
     data = items("AB")
     evaluator(data[:1], state_path=tmp_path / "a.pt")[0].run()
     evaluator(data[1:], state_path=tmp_path / "b.pt", start_from=tmp_path / "a.pt", reset_at_site=False)[0].run()
     assert load_state(tmp_path / "a.pt")["site"] == "A"
-    assert load_state(tmp_path / "b.pt")["site"] is None
+    assert load_state(tmp_path / "b.pt")["site"] == "B"
 
 
 def test_adaptation_whose_site_is_not_known_goes_on_at_the_first_image() -> None:

@@ -109,6 +109,7 @@ class Benchmark:
                     record_path=folder / "records.jsonl",
                     resume=self.resume,
                     reset_at_site=self.settings["reset_at_site"],
+                    snapshots=0,
                 ),
             ],
         )

@@ -16,7 +16,7 @@ from mgipt_monai.file_names import file_names
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.records import RecordFile, in_words
-from mgipt_monai.state_file import load_state, save_state
+from mgipt_monai.stream_file import StreamFile
 
 from .stream_position import records_of, site_of, skip_done
 from .supervised_evaluator import check_engine, hear_of_failure
@@ -45,6 +45,9 @@ class TestTimeAdaptationHandler:
             before it, be it one that failed, the last one of ``start_from`` or of the handler's earlier run.
         windows: where the evaluator has a ``SlidingWindowInferer``, through which the method then predicts, in how many
             windows an image is looked at while it is adapted to (see :class:`AdaptiveInferer`).
+        snapshot_every: images between two snapshots in the state file (see :class:`mgipt_monai.StreamFile`); the state
+            with which a new site begins is kept as well.
+        snapshots: how many snapshots the file keeps; 0 for none, as for methods that change weights.
 
     Raises:
         ValueError: at construction, for settings that exclude each other.
@@ -71,6 +74,8 @@ class TestTimeAdaptationHandler:
         save_every: int = 1,
         reset_at_site: bool = False,
         windows: int = 2,
+        snapshot_every: int = 100,
+        snapshots: int = 5,
     ) -> None:
         if resume and state_path is None:
             raise ValueError("resume needs state_path: the file that says where the stream stopped")
@@ -78,7 +83,8 @@ class TestTimeAdaptationHandler:
             raise ValueError("resume goes on with this stream, start_from begins a new one: give one of them")
         if save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {save_every}")
-        self.method, self.state_path, self.start_from = method, state_path, start_from
+        self.method, self.start_from = method, start_from
+        self.stream = None if state_path is None else StreamFile(state_path, snapshot_every, snapshots)
         self.resume, self.save_every, self.reset_at_site = resume, save_every, reset_at_site
         self.windows = windows
         self._inferer = self._site = None
@@ -127,15 +133,21 @@ class TestTimeAdaptationHandler:
     def _start(self, engine: Engine) -> None:
         self._agree_on_method(engine)
         position, rows = 0, []
-        if self.resume and os.path.exists(self.state_path):
-            position = self._take_up(self.state_path)["position"]
-            rows = [] if self.records is None else self.records.keep(position)
-            skip_done(engine, position, rows)
-        else:
-            if self.start_from is not None:
-                self._take_up(self.start_from)
-            if self.records is not None:
-                self.records.keep(0)
+        if self.stream is not None:
+            self.stream.acquire()
+        try:
+            if self.resume and self.stream.exists():
+                position = self._take_up(self.stream)["position"]
+                rows = [] if self.records is None else self.records.keep(position)
+                skip_done(engine, position, rows)
+            else:
+                if self.start_from is not None:
+                    self._take_up(StreamFile(self.start_from))
+                if self.records is not None:
+                    self.records.keep(0)
+        except BaseException:
+            self._release()
+            raise
         summary = getattr(engine.state, "summary", None)
         for row in rows if summary is not None else []:
             summary.add(row)
@@ -144,20 +156,20 @@ class TestTimeAdaptationHandler:
         if not isinstance(engine.inferer, AdaptiveInferer):
             engine.inferer = AdaptiveInferer(self.method, engine.inferer, self.windows)
 
-    def _take_up(self, path: str | os.PathLike) -> dict[str, Any]:
+    def _take_up(self, stream: StreamFile) -> dict[str, Any]:
         """Load the adaptation, and the site of its latest image, from a state file; return all that the file holds."""
-        state = load_state(path)
-        self.method.load_adaptation_state(state["adaptation"])
-        if self.reset_at_site:
-            self._site = state.get("site")
-        return state
+        content = stream.load(self.method)
+        self._site = content["site"]
+        return content
 
     def _image_starts(self, engine: Engine) -> None:
         self._since, self._files = time.perf_counter(), file_names(engine.state.batch)
-        if self.reset_at_site:
-            before, self._site = self._site, site_of(engine.state.batch)
+        before, self._site = self._site, site_of(engine.state.batch, self.reset_at_site)
+        if before is not None and self._site != before:
+            if self.stream is not None:
+                self.stream.snapshot(self._done, always=True)
             # the evaluator takes the state that a failed image goes back to after this, so the reset stays
-            if before is not None and self._site != before:
+            if self.reset_at_site:
                 self.method.reset()
 
     def _image_done(self, engine: Engine) -> None:
@@ -168,6 +180,8 @@ class TestTimeAdaptationHandler:
             if self.records is not None:
                 self.records.append(row)
         self._note(before + len(rows))
+        if self.stream is not None:
+            self.stream.snapshot(self._done)
         if self._done["position"] // self.save_every > before // self.save_every:
             self._save()
 
@@ -177,11 +191,16 @@ class TestTimeAdaptationHandler:
         self._files: list[str] = []  # of the image at hand
 
     def _save(self) -> None:
-        if self.state_path is not None:
-            save_state(self._done, self.state_path)
+        if self.stream is not None:
+            self.stream.save(self.method, self._done)
+
+    def _release(self) -> None:
+        if self.stream is not None:
+            self.stream.release()
 
     def _stop(self, engine: Engine) -> None:
         self._save()
+        self._release()
         engine.inferer, self._inferer = self._inferer, None
 
     def _failed(self, engine: Engine, error: BaseException) -> None:

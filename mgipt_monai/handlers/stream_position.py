@@ -38,17 +38,19 @@ def records_of(engine: Engine, method: AdaptationMethod, seconds: float) -> list
     return rows
 
 
-def site_of(batch: Any) -> Any:
-    """Return the site that a batch's images are from.
+def site_of(batch: Any, needed: bool) -> Any:
+    """Return the site that a batch's images are from; None if it does not say and it is not needed.
 
     Raises:
-        ValueError: if the batch does not say, or they are from several.
+        ValueError: if it is needed, and the batch does not say, or they are from several.
     """
     if not isinstance(batch, Mapping) or "site" not in batch:
+        if not needed:
+            return None
         raise ValueError("reset_at_site needs to know each image's site: give the data set's items a 'site'")
     sites = batch["site"].tolist() if isinstance(batch["site"], torch.Tensor) else batch["site"]
     site, *others = dict.fromkeys(ensure_tuple(sites))
-    if others:
+    if others and needed:
         raise ValueError(f"reset_at_site needs batch size 1: a batch has images of the sites {[site, *others]}")
     return site
 

@@ -16,24 +16,26 @@ from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.early_stop import Head, check_head, consistency_score
 from mgipt_monai.networks.ensemble import ConfidenceEnsemble
 from mgipt_monai.networks.global_prompts import GlobalPrompts
+from mgipt_monai.networks.guard import Guard
 from mgipt_monai.networks.instance_prompt import InstancePrompt
 from mgipt_monai.networks.jitter import PhotometricJitter
 from mgipt_monai.networks.source_statistics import SourceStatistics, read_statistics
 
-from .base import AdaptationMethod
+from .guarded import GuardedMethod
+from .settings import build_part
 
 __all__ = ["MGIPT"]
 
 Tuning = Literal["instance", "calibrated", "source", "released"]
 
 
-class MGIPT(AdaptationMethod):
+class MGIPT(GuardedMethod):
     """Multi-scale Global-Instance Prompt Tuning (arXiv 2602.05937) around a frozen segmentation network.
 
     For each image, the global prompts take one step, an instance prompt is learnt from scratch and grown while growing
     helps, and the four prompted views are predicted and fused. Only the global prompts last: a few hundred numbers,
     nothing of an image. Cost with the default sizes: 42 to 58 F (F is one forward of the network; a backward to the
-    prompts counts as one more).
+    prompts counts as one more); a guard adds 1 F.
 
     Args:
         network: any network with batch norm that stores its statistics, or any at all with ``statistics``; frozen, in
@@ -50,6 +52,8 @@ class MGIPT(AdaptationMethod):
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
         tuning: how the network normalises while prompts are tuned. ``instance`` is the paper's; ``released`` is
             ``instance`` for the first image of a stream and ``calibrated`` from then on.
+        guard: decides for each image whether its adapted prediction is used and whether the global prompts learn from
+            it, see :class:`mgipt_monai.networks.Guard`; None always does both. With it an image costs 1 F more.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         seed: seeds the jitter.
         lr: learning rate of both prompts (0.05; 0.01 for polyps).
@@ -83,6 +87,7 @@ class MGIPT(AdaptationMethod):
         aligned_layers: str | None = None,
         source_weight: float = 0.8,
         tuning: Tuning = "instance",
+        guard: Guard | None = None,
         head: Head = "sigmoid",
         seed: int = 0,
         lr: float | None = None,
@@ -96,11 +101,11 @@ class MGIPT(AdaptationMethod):
         self.aligned_layers, self.source_weight = aligned_layers, source_weight
         self.statistics = read_statistics(statistics)
         super().__init__(network)
-        self.tuning, self.head, self.seed = tuning, head, seed
-        self.instance_prompt = _build(
+        self.tuning, self.head, self.seed, self.guard = tuning, head, seed, guard
+        self.instance_prompt = build_part(
             InstancePrompt, instance_prompt, shared={"lr": lr}, own={"steps": steps, "sizes": instance_sizes}
         )
-        self.global_prompts = _build(GlobalPrompts, global_prompts, shared={"lr": lr}, own={"sizes": global_sizes})
+        self.global_prompts = build_part(GlobalPrompts, global_prompts, shared={"lr": lr}, own={"sizes": global_sizes})
         if not self.instance_prompt.sizes and not self.global_prompts.sizes:
             raise ValueError("instance_sizes and global_sizes are both empty: nothing would be adapted; use Source")
         self.ensemble = ConfidenceEnsemble() if ensemble is None else ensemble
@@ -145,13 +150,16 @@ class MGIPT(AdaptationMethod):
         return ("students", "teachers") if self.global_prompts.sizes else ()
 
     def adapted_input(self, image: Tensor) -> Tensor:
-        """Return the latest image under its instance prompt, or, without one, under the smallest global prompt."""
+        """Return the latest image under its instance prompt, or, without one, under the smallest global prompt.
+
+        Where the guard fell back to the unadapted prediction it is the image as it is.
+        """
+        if self.last and self.last[-1].get("decision") == "unadapted":
+            return image
         with torch.no_grad():
             return self.instance_prompt(image) if self.instance_prompt.sizes else self.global_prompts(image)[:1]
 
-    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        self.norms.start(image)
-        self.backwards = 0
+    def _adapt(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         if isinstance(self.jitter, Randomizable):
             seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
             self.jitter.set_random_state(seed=int(seed))
@@ -171,7 +179,7 @@ class MGIPT(AdaptationMethod):
             "global_losses": global_losses.tolist(),
             "consistency": tuning.consistency,
             "forwards": self.norms.forwards,
-            "backwards": self.backwards,
+            "backwards": self._backwards,
         }
 
     def _tuning_normalization(self) -> str:
@@ -180,7 +188,7 @@ class MGIPT(AdaptationMethod):
         return self.tuning
 
     def _loss(self, prompted: Tensor) -> Tensor:
-        self.backwards += len(prompted) * self.norms.windows.count
+        self._backwards += len(prompted) * self.norms.windows.count
         return self.norms.loss(prompted, self._tuning_normalization())
 
     def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
@@ -192,23 +200,3 @@ class MGIPT(AdaptationMethod):
 
     def _bound(self) -> None:
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics, self.route)
-
-    def _reset(self) -> None:
-        self.instance_prompt.reset()
-        self.global_prompts.reset()
-
-    def _state(self) -> dict[str, Any]:
-        return self.global_prompts.adaptation_state()
-
-    def _load_state(self, state: dict[str, Any]) -> None:
-        self.global_prompts.load_adaptation_state(state)
-
-
-def _build(kind: type, given: nn.Module | None, shared: dict[str, Any], own: dict[str, Any]) -> nn.Module:
-    """Build an injector from the settings that are not None, unless one is given."""
-    settings = {name: value for name, value in {**shared, **own}.items() if value is not None}
-    if given is None:
-        return kind(**settings)
-    if settings:
-        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not beside it")
-    return given

@@ -83,7 +83,7 @@ class SAR(WeightAdaptation):
                 raise ValueError(f"{name} must not be negative, got {value}")
         self.lr, self.momentum, self.rho, self.margin = lr, momentum, rho, margin
         self.recovery_threshold = recovery_threshold
-        self.average: float | None = None
+        self._average: float | None = None
         super().__init__(network, head=head, aligned_layers=aligned_layers)
 
     def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -98,7 +98,7 @@ class SAR(WeightAdaptation):
         record = {
             "loss_before": None,
             "reliable_share": reliable.float().mean().item(),
-            "loss_average": self.average,
+            "loss_average": self._average,
             "recovered": False,
         }
         if not reliable.any():
@@ -120,22 +120,22 @@ class SAR(WeightAdaptation):
         return logits, record
 
     def _follow(self, loss: float) -> float:
-        self.average = loss if self.average is None else AVERAGE_DECAY * self.average + (1 - AVERAGE_DECAY) * loss
-        return self.average
+        self._average = loss if self._average is None else AVERAGE_DECAY * self._average + (1 - AVERAGE_DECAY) * loss
+        return self._average
 
     def _reset(self) -> None:
         super()._reset()
-        self.average = None
+        self._average = None
 
     def _state(self) -> dict[str, Any]:
-        return {**super()._state(), "loss_average": self.average}
+        return {**super()._state(), "loss_average": self._average}
 
     def _load_state(self, state: dict[str, Any]) -> None:
         average = state["loss_average"]
         if average is not None and not math.isfinite(average):
             raise ValueError(f"the state's loss_average is not finite: {average}")
         super()._load_state(state)
-        self.average = average
+        self._average = average
 
 
 def uphill(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:

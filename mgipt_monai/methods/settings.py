@@ -8,7 +8,7 @@ from typing import Any
 from monai.transforms import Randomizable
 from torch import nn
 
-__all__ = ["plain_settings"]
+__all__ = ["build_part", "plain_settings"]
 
 NOT_SETTINGS = {"network", "training", "images_seen", "last"}
 
@@ -35,3 +35,17 @@ def plain_settings(part: Any) -> dict[str, Any]:
         elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float, str)) for v in value):
             settings[key] = list(value)
     return settings
+
+
+def build_part(kind: type, given: nn.Module | None, shared: dict[str, Any], own: dict[str, Any]) -> nn.Module:
+    """Build a part of a method from the settings that are not None, unless one is given.
+
+    Raises:
+        ValueError: for settings beside a given part.
+    """
+    settings = {name: value for name, value in {**shared, **own}.items() if value is not None}
+    if given is None:
+        return kind(**settings)
+    if settings:
+        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not beside it")
+    return given

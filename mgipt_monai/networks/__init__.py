@@ -11,6 +11,7 @@ from .early_stop import consistency_score, got_worse
 from .ensemble import ConfidenceEnsemble
 from .frequency_prompt import FrequencyPrompt, LowFrequencies
 from .global_prompts import GlobalPrompts
+from .guard import Guard, Verdict
 from .instance_prompt import InstancePrompt, InstanceTuning
 from .jitter import PhotometricJitter
 from .measure_source import measure_source_statistics
@@ -24,6 +25,7 @@ __all__ = [
     "ConfidenceEnsemble",
     "FrequencyPrompt",
     "GlobalPrompts",
+    "Guard",
     "InstancePrompt",
     "InstanceTuning",
     "LayerStatistics",
@@ -31,6 +33,7 @@ __all__ = [
     "PhotometricJitter",
     "ResUNet",
     "SourceStatistics",
+    "Verdict",
     "alignment_loss",
     "calibrate",
     "consistency_score",

@@ -142,6 +142,16 @@ class AlignedNorms:
         with self._using(images, normalization, None):
             return self._run(images) if self.windows is None else self.windows.predict(images, self._run)
 
+    def predict_and_measure(self, image: Tensor, normalization: Normalization = "source") -> tuple[Tensor, float]:
+        """Predict one image (1, C, \\*spatial), and measure its alignment loss on the way, over all that is run.
+
+        Returns:
+            Logits (1, K, \\*spatial), and the mean loss over the aligned layers and, where there are, all windows.
+        """
+        with self._using(image, normalization, []):
+            logits = self.route.inferer(image, self._run)
+            return logits, torch.cat(self._measurements()).mean().item()
+
     def loss(self, images: Tensor, normalization: Normalization = "instance") -> Tensor:
         """Run the network for its alignment loss L (Eq. 2), the mean over the aligned layers and the windows.
 
@@ -161,6 +171,10 @@ class AlignedNorms:
     def _measured(self, images: Tensor) -> Tensor:
         self.losses = []
         self._run(images)
+        return torch.stack(self._measurements()).mean(dim=0)
+
+    def _measurements(self) -> list[Tensor]:
+        """Return what the layers measured since ``losses`` was emptied."""
         if not self.losses:
             raise RuntimeError(f"none of the aligned layers took part in the forward: {', '.join(self.layers)}")
-        return torch.stack(self.losses).mean(dim=0)
+        return self.losses

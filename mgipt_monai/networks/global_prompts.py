@@ -94,8 +94,8 @@ class GlobalPrompts(nn.Module):
             "teachers": [p.clone().cpu() for p in self.teachers],
         }
 
-    def load_adaptation_state(self, state: dict[str, list[Tensor]]) -> None:
-        """Take over prompts of the same sizes; raises ValueError, unchanged, if they do not fit."""
+    def check_adaptation_state(self, state: dict[str, list[Tensor]]) -> None:
+        """Raise ValueError if the state's prompts are not finite, not of one stream or of other sizes."""
         for role in ("students", "teachers"):
             sides = tuple(p.shape[-1] for p in state[role])
             if sides and sides != self.sizes:
@@ -110,6 +110,10 @@ class GlobalPrompts(nn.Module):
                 raise ValueError(
                     f"the state's students and teachers are not of one stream: shape {tuple(prompt.shape)}"
                 )
+
+    def load_adaptation_state(self, state: dict[str, list[Tensor]]) -> None:
+        """Take over prompts of the same sizes; raises ValueError, unchanged, if they do not fit."""
+        self.check_adaptation_state(state)
         self.students = [p.detach().clone().float() for p in state["students"]]
         self.teachers = [p.detach().clone().float() for p in state["teachers"]]
 

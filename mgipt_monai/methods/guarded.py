@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What surrounds MGIPT's adaptation to an image: a guard that may overrule it, and what lasts between images."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mgipt_monai.networks.alignment import AlignedNorms
+from mgipt_monai.networks.early_stop import Head, binarize, consistency_score
+from mgipt_monai.networks.global_prompts import GlobalPrompts
+from mgipt_monai.networks.guard import Guard
+from mgipt_monai.networks.instance_prompt import InstancePrompt
+
+from .base import AdaptationMethod
+
+__all__ = ["GuardedMethod", "area_change"]
+
+SMALL_SHARE = 1e-4
+
+
+class GuardedMethod(AdaptationMethod):
+    """A method with an instance prompt and global prompts, which a guard may overrule.
+
+    With a guard each image is also predicted without adaptation, which costs 1 F more, in the network's own
+    normalisation and through the same windows. What the guard saw and said is in the image's record: ``decision``
+    (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``.
+    """
+
+    norms: AlignedNorms
+    instance_prompt: InstancePrompt
+    global_prompts: GlobalPrompts
+    guard: Guard | None
+    head: Head
+    _backwards: int
+
+    @abstractmethod
+    def _adapt(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """Adapt to one image (1, C, \\*spatial), unguarded; return its logits and the record of what was done."""
+
+    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        self.norms.start(image)
+        self._backwards = 0
+        return self._adapt(image) if self.guard is None else self._adapt_guarded(image, self.guard)
+
+    def _adapt_guarded(self, image: Tensor, guard: Guard) -> tuple[Tensor, dict[str, Any]]:
+        before = self.global_prompts.adaptation_state()
+        with torch.no_grad():
+            unadapted, loss = self.norms.predict_and_measure(image)
+        if not (torch.isfinite(unadapted).all() and math.isfinite(loss)):
+            raise ValueError("the unadapted prediction or its loss is not finite: check the network's weights")
+        try:
+            adapted, record = self._adapt(image)
+        except FloatingPointError:
+            # a tuning step was not finite: the same as a prediction that is not
+            adapted = torch.full_like(unadapted, torch.nan)
+            record = {"forwards": self.norms.forwards, "backwards": self._backwards}
+        signals = {**guard.compare(loss), **self._signals(adapted, unadapted, record)}
+        verdict = guard.judge(signals)
+        guard.settle(verdict, signals, self.global_prompts, before)
+        return adapted if verdict.accept else unadapted, {
+            **record,
+            "decision": "adapted" if verdict.accept else "unadapted",
+            "learned": verdict.learn,
+            "reasons": verdict.reasons,
+            "signals": signals,
+        }
+
+    def _signals(self, adapted: Tensor, unadapted: Tensor, record: dict[str, Any]) -> dict[str, float]:
+        if not torch.isfinite(adapted).all():
+            return {"finite": 0.0}
+        drift = _farthest_from_one(self.global_prompts.teachers)
+        signals = {
+            "finite": 1.0,
+            "agreement": 1 - consistency_score(adapted, unadapted, self.head),
+            "area_change": area_change(binarize(adapted, self.head), binarize(unadapted, self.head)),
+            "prompt": drift,
+            "drift": drift,
+        }
+        if self.instance_prompt.sizes:
+            signals["prompt"] = max(drift, _farthest_from_one([self.instance_prompt.amplitude]))
+            signals["loss_drop"] = 1 - record["loss_after"] / max(record["loss_before"], 1e-12)
+        if record["consistency"]:
+            signals["inconsistency"] = record["consistency"][record["instance_size"]]
+        return signals
+
+    def _reset(self) -> None:
+        self.instance_prompt.reset()
+        self.global_prompts.reset()
+        if self.guard is not None:
+            self.guard.reset()
+
+    def _state(self) -> dict[str, Any]:
+        prompts = self.global_prompts.adaptation_state()
+        return prompts if self.guard is None else {**prompts, "guard": self.guard.adaptation_state()}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.global_prompts.check_adaptation_state(state)
+        if self.guard is not None:
+            self.guard.load_adaptation_state(state["guard"], self.global_prompts)
+        self.global_prompts.load_adaptation_state(state)
+
+
+def area_change(masks: Tensor, others: Tensor) -> float:
+    """Return the largest ratio, at least 1, between the areas of a class in two predictions of one image.
+
+    A ten-thousandth of the image is added to either area: a class that becomes empty, or appears from nothing, gives a
+    large ratio, and a few voxels of a class that is hardly there do not.
+
+    Args:
+        masks: of 0 and 1, (1, K, \\*spatial).
+        others: same shape.
+
+    Example:
+        >>> whole, half = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+        >>> half[:, :, 4:] = 0
+        >>> round(area_change(whole, half), 2)
+        2.0
+    """
+    one, other = (each.flatten(2).mean(dim=2) + SMALL_SHARE for each in (masks, others))
+    return torch.maximum(one / other, other / one).max().item()
+
+
+def _farthest_from_one(prompts: Sequence[Tensor]) -> float:
+    return max(((prompt - 1).abs().max().item() for prompt in prompts), default=0.0)
