@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
 
-__all__ = ["StreamSummary", "image_means"]
+__all__ = ["StreamSummary", "aligned", "image_means"]
 
 ALL = "all"
 """The key of the figures over all sites."""
@@ -84,11 +85,22 @@ class StreamSummary:
             numbers = [f"{100 * found[c]:.2f}" if c in found else "-" for c in columns]
             seconds = "-" if values["seconds_per_image"] is None else f"{values['seconds_per_image']:.2f}"
             lines.append([site, str(values["images"]), str(values["failed"]), *numbers, seconds])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
-            for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-        )
+        return aligned(lines)
+
+
+def aligned(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Return cells as lines of text in columns: the first ``texts`` to the left, the others to the right.
+
+    Example:
+        >>> print(aligned([["site", "images"], ["A", "12"]]))
+        site  images
+        A         12
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if i < texts else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+    )
 
 
 def image_means(row: dict[str, Any]) -> dict[str, float]:

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from mgipt_monai import MGIPT
+from mgipt_monai import MGIPT, RecordFile
 
 # tiny tensors: more threads only get into each other's way
 torch.set_num_threads(1)
@@ -98,6 +100,14 @@ def same_state(one: dict, other: dict) -> bool:
         elif value != other[key]:
             return False
     return True
+
+
+def without_times(path: Path) -> list[dict]:
+    """Return a file's records without what differs from run to run."""
+    return [
+        {key: value for key, value in row.items() if key not in ("seconds", "time", "run")}
+        for row in RecordFile(path).read()
+    ]
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import csv
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from mgipt_monai.state_file import atomic_path
 from mgipt_monai.summary import image_means
+from mgipt_monai.versions import versions
 
 __all__ = ["timing", "write_images_csv"]
 
@@ -37,7 +37,7 @@ def timing(runs: Runs) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "machine": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
-        "versions": {name: metadata.version(name) for name in ("mgipt_monai", "monai", "torch", "pytorch-ignite")},
+        "versions": versions(),
         "methods": methods,
     }
 

@@ -10,16 +10,17 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
+from mgipt_monai.audit_trail import AuditTrail, Identifiers
 from mgipt_monai.engines import AdaptationEvents
 from mgipt_monai.errors import root_cause
 from mgipt_monai.file_names import file_names
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.records import RecordFile, in_words
+from mgipt_monai.records import in_words
 from mgipt_monai.stream_file import StreamFile
 
-from .stream_position import records_of, site_of, skip_done
-from .supervised_evaluator import check_engine, hear_of_failure
+from .stream_position import names_of, records_of, site_of, skip_done
+from .supervised_evaluator import agree_on_method, check_engine, hear_of_failure
 
 __all__ = ["TestTimeAdaptationHandler"]
 
@@ -36,7 +37,7 @@ class TestTimeAdaptationHandler:
     Args:
         method: the adaptation method; None takes the one of the evaluator's own ``AdaptiveInferer``.
         state_path: file for the adaptation state and the place in the stream; None keeps no state.
-        record_path: JSON Lines file for the records, see :class:`mgipt_monai.RecordFile`; None writes none.
+        record_path: file for the records, see :class:`mgipt_monai.audit_trail.AuditTrail`; None writes none.
         resume: go on with an interrupted stream where ``state_path`` says, giving what one go would have given. The
             stream must be the same. False starts the stream, and its files, anew.
         start_from: state file of an earlier stream whose adaptation this one continues; not with ``resume``.
@@ -48,6 +49,7 @@ class TestTimeAdaptationHandler:
         snapshot_every: images between two snapshots in the state file (see :class:`mgipt_monai.StreamFile`); the state
             with which a new site begins is kept as well.
         snapshots: how many snapshots the file keeps; 0 for none, as for methods that change weights.
+        identifiers: whether the records have the images' ``names``, or hide them (``hashed``). Logs have names.
 
     Raises:
         ValueError: at construction, for settings that exclude each other.
@@ -76,6 +78,7 @@ class TestTimeAdaptationHandler:
         windows: int = 2,
         snapshot_every: int = 100,
         snapshots: int = 5,
+        identifiers: Identifiers = "names",
     ) -> None:
         if resume and state_path is None:
             raise ValueError("resume needs state_path: the file that says where the stream stopped")
@@ -85,10 +88,9 @@ class TestTimeAdaptationHandler:
             raise ValueError(f"save_every must be at least 1, got {save_every}")
         self.method, self.start_from = method, start_from
         self.stream = None if state_path is None else StreamFile(state_path, snapshot_every, snapshots)
-        self.resume, self.save_every, self.reset_at_site = resume, save_every, reset_at_site
-        self.windows = windows
+        self.resume, self.save_every, self.reset_at_site, self.windows = resume, save_every, reset_at_site, windows
         self._inferer = self._site = None
-        self.records = None if record_path is None else RecordFile(record_path)
+        self.records = None if record_path is None else AuditTrail(record_path, identifiers)
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator.
@@ -105,7 +107,7 @@ class TestTimeAdaptationHandler:
             )
         # handlers given to an engine's constructor are attached before it has an inferer: then STARTED checks
         if hasattr(engine, "inferer"):
-            self._agree_on_method(engine)
+            self.method = agree_on_method(engine, self.method, self.windows)
         engine.adaptation_handler = self
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_STARTED, self._image_starts)
@@ -115,23 +117,8 @@ class TestTimeAdaptationHandler:
         engine.add_event_handler(Events.COMPLETED, self._stop)
         hear_of_failure(engine, self._failed)
 
-    def _agree_on_method(self, engine: Engine) -> None:
-        own = engine.inferer.method if isinstance(engine.inferer, AdaptiveInferer) else None
-        if own is None and isinstance(engine.network, AdaptationMethod):
-            own = engine.network
-        if own is not None and self.method is not None and own is not self.method:
-            raise RuntimeError(
-                f"the evaluator adapts with its own {type(own).__name__}, the handler with another "
-                f"{type(self.method).__name__}: each image would be adapted to twice; give both the same object"
-            )
-        if own is None and self.method is None:
-            raise TypeError("no method to adapt with: give the handler one, such as MGIPT(network)")
-        self.method = own if own is not None else self.method
-        if not isinstance(engine.inferer, AdaptiveInferer):
-            self.method.predict_through(engine.inferer, self.windows)
-
     def _start(self, engine: Engine) -> None:
-        self._agree_on_method(engine)
+        self.method = agree_on_method(engine, self.method, self.windows)
         position, rows = 0, []
         if self.stream is not None:
             self.stream.acquire()
@@ -139,18 +126,17 @@ class TestTimeAdaptationHandler:
             if self.resume and self.stream.exists():
                 position = self._take_up(self.stream)["position"]
                 rows = [] if self.records is None else self.records.keep(position)
-                skip_done(engine, position, rows)
+                skip_done(engine, position, rows, str if self.records is None else self.records.shown)
             else:
                 if self.start_from is not None:
                     self._take_up(StreamFile(self.start_from))
-                if self.records is not None:
-                    self.records.keep(0)
+            if self.records is not None:
+                self.records.begin(self.method, position)
         except BaseException:
             self._release()
             raise
-        summary = getattr(engine.state, "summary", None)
-        for row in rows if summary is not None else []:
-            summary.add(row)
+        for row in rows if hasattr(engine.state, "summary") else []:
+            engine.state.summary.add(row)
         self._note(position)
         self._inferer = engine.inferer
         if not isinstance(engine.inferer, AdaptiveInferer):
@@ -178,7 +164,7 @@ class TestTimeAdaptationHandler:
         for i, row in enumerate(rows, start=before + 1):
             logger.info("image %d: %s", i, in_words(row))
             if self.records is not None:
-                self.records.append(row)
+                self.records.append(row, [*self._files, *names_of(engine, i - 1)])
         self._note(before + len(rows))
         if self.stream is not None:
             self.stream.snapshot(self._done)

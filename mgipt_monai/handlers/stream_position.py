@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.data import SequentialSampler, Subset
 
 from mgipt_monai.methods.base import AdaptationMethod
 
-__all__ = ["records_of", "site_of", "skip_done"]
+__all__ = ["names_of", "records_of", "site_of", "skip_done"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +56,26 @@ def site_of(batch: Any, needed: bool) -> Any:
     return site
 
 
-def skip_done(engine: Engine, position: int, rows: list[dict[str, Any]]) -> None:
+def names_of(engine: Engine, place: int) -> list[str]:
+    """Return the texts of the data set's item at ``place`` that name an image: its name and the paths of its files.
+
+    An item that is no dict, or a data set without a list of items, has none.
+    """
+    data = getattr(getattr(engine.data_loader, "dataset", None), "data", None)
+    item = data[place] if isinstance(data, Sequence) and place < len(data) else None
+    values = [value for key, value in item.items() if key != "site"] if isinstance(item, Mapping) else []
+    flat = [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
+    return [str(part) for part in flat if isinstance(part, (str, os.PathLike))]
+
+
+def skip_done(engine: Engine, position: int, rows: list[dict[str, Any]], shown: Callable[[str], str] = str) -> None:
     """Let an evaluator that is about to start go on after the first ``position`` images of its loader.
 
     Args:
         engine: the evaluator, at its ``STARTED`` event.
         position: images that are done.
         rows: their records, to see that the stream is the same; may be empty.
+        shown: how the records write a name.
 
     Raises:
         ValueError: if the loader does not keep an order that can be gone on with, or its images are other ones.
@@ -70,7 +84,7 @@ def skip_done(engine: Engine, position: int, rows: list[dict[str, Any]]) -> None
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
         raise ValueError("resume needs a monai DataLoader that keeps the order of its dataset")
     for row, item in zip(rows, getattr(loader.dataset, "data", []), strict=False):
-        if isinstance(item, dict) and item.get("name", row["name"]) != row["name"]:
+        if isinstance(item, dict) and "name" in item and shown(item["name"]) != row["name"]:
             raise ValueError(f"the stream has changed since it was interrupted ({row['name']}): start it anew")
     count = len(loader.dataset)
     if position > count:

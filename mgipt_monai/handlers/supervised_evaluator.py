@@ -9,7 +9,33 @@ from typing import Any
 from ignite.engine import Engine, Events
 from monai.engines import SupervisedEvaluator
 
-__all__ = ["check_engine", "hear_of_failure"]
+from mgipt_monai.inferers import AdaptiveInferer
+from mgipt_monai.methods.base import AdaptationMethod
+
+__all__ = ["agree_on_method", "check_engine", "hear_of_failure"]
+
+
+def agree_on_method(engine: Engine, method: AdaptationMethod | None, windows: int) -> AdaptationMethod:
+    """Return the one method that an evaluator adapts with: its own, or ``method``, made to predict as it predicts.
+
+    Raises:
+        RuntimeError: if the evaluator has its own and ``method`` is another.
+        TypeError: if there is none, or its way to predict does not go with the method.
+    """
+    own = engine.inferer.method if isinstance(engine.inferer, AdaptiveInferer) else None
+    if own is None and isinstance(engine.network, AdaptationMethod):
+        own = engine.network
+    if own is not None and method is not None and own is not method:
+        raise RuntimeError(
+            f"the evaluator adapts with its own {type(own).__name__}, the handler with another "
+            f"{type(method).__name__}: each image would be adapted to twice; give both the same object"
+        )
+    method = method if own is None else own
+    if method is None:
+        raise TypeError("no method to adapt with: give the handler one, such as MGIPT(network)")
+    if not isinstance(engine.inferer, AdaptiveInferer):
+        method.predict_through(engine.inferer, windows)
+    return method
 
 
 def check_engine(handler: Any, engine: Engine) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor
 
 from mgipt_monai.networks.alignment import AlignedNorms
@@ -18,6 +19,7 @@ from mgipt_monai.networks.guard import Guard
 from mgipt_monai.networks.instance_prompt import InstancePrompt
 
 from .base import AdaptationMethod
+from .budget import fit
 
 __all__ = ["GuardedMethod", "area_change"]
 
@@ -29,7 +31,8 @@ class GuardedMethod(AdaptationMethod):
 
     With a guard each image is also predicted without adaptation, which costs 1 F more, in the network's own
     normalisation and through the same windows. What the guard saw and said is in the image's record: ``decision``
-    (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``.
+    (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``. Each record also has ``prompt_norm``, the
+    Euclidean distance of the global prompts from ones after the image, and, with a limit of cost, ``dropped``.
     """
 
     norms: AlignedNorms
@@ -37,7 +40,29 @@ class GuardedMethod(AdaptationMethod):
     global_prompts: GlobalPrompts
     guard: Guard | None
     head: Head
+    max_forwards: int | None = None
     _backwards: int
+    _dropped: list[str]
+
+    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
+        """Run the network through an inferer from now on (see :class:`AdaptationMethod`).
+
+        Raises:
+            ValueError: with ``max_forwards``, for an inferer of windows.
+        """
+        if self.max_forwards is not None and not isinstance(inferer, SimpleInferer):
+            raise ValueError(
+                f"max_forwards={self.max_forwards} cannot be kept through a {type(inferer).__name__}, whose windows "
+                "depend on the image: set max_forwards to None, or use a SimpleInferer"
+            )
+        super().predict_through(inferer, windows)
+
+    def _spend(self, max_forwards: int) -> None:
+        """Leave out what ``max_forwards`` does not allow."""
+        self.instance_prompt, self.global_prompts, self._dropped = fit(
+            max_forwards, self.instance_prompt, self.global_prompts, self.guard is not None
+        )
+        self.max_forwards = max_forwards
 
     @abstractmethod
     def _adapt(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -46,7 +71,12 @@ class GuardedMethod(AdaptationMethod):
     def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         self.norms.start(image)
         self._backwards = 0
-        return self._adapt(image) if self.guard is None else self._adapt_guarded(image, self.guard)
+        logits, record = self._adapt(image) if self.guard is None else self._adapt_guarded(image, self.guard)
+        teachers = [teacher - 1 for teacher in self.global_prompts.teachers]
+        record["prompt_norm"] = math.hypot(*(teacher.norm().item() for teacher in teachers))
+        if self.max_forwards is not None:
+            record["dropped"] = self._dropped
+        return logits, record
 
     def _adapt_guarded(self, image: Tensor, guard: Guard) -> tuple[Tensor, dict[str, Any]]:
         before = self.global_prompts.adaptation_state()
@@ -88,6 +118,32 @@ class GuardedMethod(AdaptationMethod):
         if record["consistency"]:
             signals["inconsistency"] = record["consistency"][record["instance_size"]]
         return signals
+
+    def prompt_maps(self) -> dict[str, Tensor]:
+        """Return the global prompts' teachers, by their sides."""
+        teachers = self.global_prompts.adaptation_state()["teachers"]
+        place = "" if self.global_prompts.centred else ", one step off centre"
+        return {" x ".join(map(str, teacher.shape[2:])) + place: teacher[0] for teacher in teachers}
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """The global prompts: students hold what was learnt, and teachers averaged alone would jump back to theirs."""
+        return ("students", "teachers") if self.global_prompts.sizes else ()
+
+    def adapted_input(self, image: Tensor) -> Tensor:
+        """Return the latest image under its instance prompt, or, without one, under the smallest global prompt.
+
+        Where the guard fell back to the unadapted prediction it is the image as it is.
+        """
+        if self.last and self.last[-1].get("decision") == "unadapted":
+            return image
+        with torch.no_grad():
+            return self.instance_prompt(image) if self._shows_instance else self.global_prompts(image)[:1]
+
+    @property
+    def _shows_instance(self) -> bool:
+        """Whether one view is that of the instance prompt, or, without any prompt, the image as it is."""
+        return bool(self.instance_prompt.sizes) or not self.global_prompts.sizes
 
     def _reset(self) -> None:
         self.instance_prompt.reset()

@@ -54,6 +54,9 @@ class MGIPT(GuardedMethod):
             ``instance`` for the first image of a stream and ``calibrated`` from then on.
         guard: decides for each image whether its adapted prediction is used and whether the global prompts learn from
             it, see :class:`mgipt_monai.networks.Guard`; None always does both. With it an image costs 1 F more.
+        max_forwards: forwards and backwards that an image may cost at most; parts are left out to meet it, in the order
+            of :func:`mgipt_monai.methods.budget.plan`, and the record says which. None leaves nothing out. For whole
+            images or single slices only: the windows of a volume are not known before it.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         seed: seeds the jitter.
         lr: learning rate of both prompts (0.05; 0.01 for polyps).
@@ -88,6 +91,7 @@ class MGIPT(GuardedMethod):
         source_weight: float = 0.8,
         tuning: Tuning = "instance",
         guard: Guard | None = None,
+        max_forwards: int | None = None,
         head: Head = "sigmoid",
         seed: int = 0,
         lr: float | None = None,
@@ -108,6 +112,8 @@ class MGIPT(GuardedMethod):
         self.global_prompts = build_part(GlobalPrompts, global_prompts, shared={"lr": lr}, own={"sizes": global_sizes})
         if not self.instance_prompt.sizes and not self.global_prompts.sizes:
             raise ValueError("instance_sizes and global_sizes are both empty: nothing would be adapted; use Source")
+        if max_forwards is not None:
+            self._spend(max_forwards)
         self.ensemble = ConfidenceEnsemble() if ensemble is None else ensemble
         self.jitter = PhotometricJitter() if jitter is None else jitter
 
@@ -138,27 +144,6 @@ class MGIPT(GuardedMethod):
             **settings,
         )
 
-    def prompt_maps(self) -> dict[str, Tensor]:
-        """Return the global prompts' teachers, by their sides."""
-        teachers = self.global_prompts.adaptation_state()["teachers"]
-        place = "" if self.global_prompts.centred else ", one step off centre"
-        return {" x ".join(map(str, teacher.shape[2:])) + place: teacher[0] for teacher in teachers}
-
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """The global prompts: students hold what was learnt, and teachers averaged alone would jump back to theirs."""
-        return ("students", "teachers") if self.global_prompts.sizes else ()
-
-    def adapted_input(self, image: Tensor) -> Tensor:
-        """Return the latest image under its instance prompt, or, without one, under the smallest global prompt.
-
-        Where the guard fell back to the unadapted prediction it is the image as it is.
-        """
-        if self.last and self.last[-1].get("decision") == "unadapted":
-            return image
-        with torch.no_grad():
-            return self.instance_prompt(image) if self.instance_prompt.sizes else self.global_prompts(image)[:1]
-
     def _adapt(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         if isinstance(self.jitter, Randomizable):
             seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
@@ -168,9 +153,11 @@ class MGIPT(GuardedMethod):
         tuning = self.instance_prompt.tune(image, self._loss, lambda prompt: self._consistency(image, prompt))
 
         with torch.no_grad():
-            views = [self.instance_prompt(image)] if self.instance_prompt.sizes else []
+            views = [self.instance_prompt(image)] if self._shows_instance else []
             logits = self.norms.predict(torch.cat([*views, self.global_prompts(image)]), "calibrated")
-            fused = self.ensemble(logits, has_instance=bool(views))
+            # a budget may leave no prompt: then there is nothing to fuse
+            prompted = self.instance_prompt.sizes or self.global_prompts.sizes
+            fused = self.ensemble(logits, has_instance=bool(views)) if prompted else logits
 
         return fused, {
             "instance_size": tuning.size,

@@ -26,7 +26,7 @@ from .formats import percent, points
 from .tables import site_table, summary_table
 from .verdict import verdict
 
-__all__ = ["write_report"]
+__all__ = ["page_environment", "write_report"]
 
 
 def write_report(folder: str | os.PathLike) -> Path:
@@ -42,16 +42,9 @@ def write_report(folder: str | os.PathLike) -> Path:
         ValueError: if that file is of another schema or version.
     """
     benchmark = BenchmarkFolder.read(folder)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mgipt_monai.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "points": points, "json": _json}
     methods = benchmark.adapting if benchmark.baseline is not None else []
-    html = environment.get_template("report.html.j2").render(
+    template = page_environment().get_template("report.html.j2")
+    html = template.render(
         results=benchmark.results,
         timing=benchmark.timing,
         verdict=verdict(benchmark.results),
@@ -64,6 +57,19 @@ def write_report(folder: str | os.PathLike) -> Path:
     with atomic_path(path) as part:
         part.write_text(html, encoding="utf-8")
     return path
+
+
+def page_environment() -> jinja2.Environment:
+    """Return what fills in the templates of this package."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mgipt_monai.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "points": points, "json": _json}
+    return environment
 
 
 def _json(value: Any) -> str:

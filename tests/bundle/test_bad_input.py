@@ -22,6 +22,7 @@ from PIL import Image
 
 from mgipt_monai import RecordFile, load_state
 from tests.bundle.conftest import BUNDLE, CONFIGS, ONE_THREAD, QUICK, ROOT, run_bundle
+from tests.conftest import without_times
 
 INFERENCE, EVALUATE = CONFIGS / "inference.yaml", CONFIGS / "evaluate.yaml"
 
@@ -176,11 +177,7 @@ def test_killed_run_resumes_to_what_an_uninterrupted_run_gives(tmp_path: Path, d
     assert 2 <= done_before < 6
     run_bundle([INFERENCE, EVALUATE], dataset_dir=demo_sites, output_dir=parts, resume=True, **QUICK)
 
-    def without_times(folder: Path) -> list[dict]:
-        rows = RecordFile(folder / "records.jsonl").read()
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-    assert without_times(parts) == without_times(whole)
+    assert without_times(parts / "records.jsonl") == without_times(whole / "records.jsonl")
     one, other = (load_state(folder / "adaptation_state.pt") for folder in (whole, parts))
     assert str(one) == str(other)
     for mask in whole.rglob("*.png"):

@@ -332,3 +332,12 @@ def test_workflow_run_twice_goes_on_with_the_adaptation(tmp_path: Path, demo_sit
 def test_project_root_has_what_the_readme_says() -> None:
     for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "setup.cfg", "constraints.txt"):
         assert (ROOT / name).is_file(), name
+
+
+def test_names_are_hidden_and_cost_is_limited_on_request(tmp_path: Path, demo_sites: Path) -> None:
+    run_bundle([INFERENCE], dataset_dir=demo_sites, output_dir=tmp_path, identifiers="hashed", max_forwards=9, **QUICK)
+    for row in RecordFile(tmp_path / "records.jsonl").read():
+        assert len(row["name"]) == 16
+        assert row["forwards"] + row["backwards"] == 9
+        assert row["dropped"]
+    assert (tmp_path / "records.key").is_file()

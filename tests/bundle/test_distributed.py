@@ -13,13 +13,10 @@ from monai.bundle import ConfigWorkflow
 
 from mgipt_monai import RecordFile, StreamSummary, load_state
 from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, run_bundle
+from tests.conftest import without_times
 
 CONFIG_FILES = [CONFIGS / "inference.yaml", CONFIGS / "evaluate.yaml"]
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-
-
-def without_times(path: Path) -> list[dict]:
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in RecordFile(path).read()]
 
 
 def run_alone(dataset_dir: Path, site: str, output_dir: Path) -> None:

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of MGIPT fits into a limited number of forwards and backwards per image."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass, replace
+from numbers import Integral
+
+from mgipt_monai.networks.global_prompts import GlobalPrompts
+from mgipt_monai.networks.instance_prompt import InstancePrompt
+
+__all__ = ["Plan", "fit", "plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done for an image.
+
+    Attributes:
+        instance_sizes: sides of the instance prompt, from the smallest.
+        steps: steps per size.
+        global_sizes: sides of the global prompts.
+        checks: whether growth is checked by consistency, where there is more than one instance size.
+        guarded: whether the image is also predicted without adaptation.
+    """
+
+    instance_sizes: tuple[int, ...]
+    steps: int
+    global_sizes: tuple[int, ...]
+    checks: bool = True
+    guarded: bool = False
+
+    @property
+    def compares(self) -> bool:
+        """Whether any two sizes are compared by consistency."""
+        return self.checks and len(self.instance_sizes) > 1
+
+    @property
+    def cost(self) -> int:
+        """The most forwards and backwards that an image takes; where growth stops early it takes fewer.
+
+        Example:
+            >>> Plan((1, 3, 5), 7, (3, 5, 7)).cost, Plan((), 7, ()).cost
+            (58, 1)
+        """
+        tuning = 2 * len(self.global_sizes) + 2 * self.steps * len(self.instance_sizes)
+        comparing = 2 * len(self.instance_sizes) if self.compares else 0
+        views = len(self.global_sizes) + bool(self.instance_sizes)
+        return tuning + comparing + max(1, views) + self.guarded
+
+    def reduced(self) -> Plan:
+        """Return the plan with its most dispensable part left out, see :func:`plan`."""
+        if len(self.instance_sizes) > 1:
+            return replace(self, instance_sizes=self.instance_sizes[:-1])
+        if self.instance_sizes:
+            return replace(self, steps=self.steps - 1) if self.steps > 1 else replace(self, instance_sizes=())
+        largest = max(self.global_sizes)
+        return replace(self, global_sizes=tuple(size for size in self.global_sizes if size != largest))
+
+    def lacks(self, whole: Plan) -> list[str]:
+        """Say in words what of a whole plan this one leaves out, in the order in which it was left out."""
+        words = [f"instance size {size}" for size in reversed(whole.instance_sizes[max(1, len(self.instance_sizes)) :])]
+        if whole.compares and not self.compares:
+            words.append("consistency check")
+        if self.instance_sizes and self.steps < whole.steps:
+            words.append(f"{whole.steps - self.steps} of {whole.steps} steps")
+        if whole.instance_sizes and not self.instance_sizes:
+            words.append(f"instance size {whole.instance_sizes[0]}")
+        left_out = sorted(set(whole.global_sizes) - set(self.global_sizes), reverse=True)
+        return words + [f"global size {size}" for size in left_out]
+
+
+def plan(max_forwards: int, whole: Plan) -> Plan:
+    """Return as much of a plan as ``max_forwards`` allows, known before any image.
+
+    Left out are, one after the other until the cost fits: instance sizes from the largest until one is left, and with
+    them the consistency check; steps of the smallest size, one by one; that size itself; global sizes
+    from the largest. What is left at the end is the calibrated prediction alone.
+
+    Raises:
+        ValueError: if not even that fits, or ``max_forwards`` is no whole number.
+
+    Example:
+        >>> plan(30, Plan((1, 3, 5), 7, (3, 5, 7)))
+        Plan(instance_sizes=(1,), steps=7, global_sizes=(3, 5, 7), checks=True, guarded=False)
+    """
+    least = replace(whole, instance_sizes=(), global_sizes=()).cost
+    if not isinstance(max_forwards, Integral) or isinstance(max_forwards, bool) or max_forwards < least:
+        guard = " and one for the guard" if whole.guarded else ""
+        raise ValueError(
+            f"max_forwards must be a whole number of at least {least} (one for the calibrated prediction{guard}), "
+            f"got {max_forwards!r}"
+        )
+    planned = whole
+    while planned.cost > max_forwards:
+        planned = planned.reduced()
+    return planned
+
+
+def fit(
+    max_forwards: int, instance_prompt: InstancePrompt, global_prompts: GlobalPrompts, guarded: bool
+) -> tuple[InstancePrompt, GlobalPrompts, list[str]]:
+    """Return copies of both prompts that keep to ``max_forwards``, and what was left out in words.
+
+    Raises:
+        ValueError: as :func:`plan`.
+    """
+    whole = Plan(
+        instance_prompt.sizes, instance_prompt.steps, global_prompts.sizes, instance_prompt.early_stop, guarded
+    )
+    planned = plan(max_forwards, whole)
+    instance_prompt, global_prompts = copy(instance_prompt), copy(global_prompts)
+    instance_prompt.sizes, instance_prompt.steps = planned.instance_sizes, planned.steps
+    global_prompts.sizes = planned.global_sizes
+    return instance_prompt, global_prompts, planned.lacks(whole)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One self-contained page of a stream's records: alerts, table and charts over time."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.figure import Figure
+
+from mgipt_monai.state_file import atomic_path
+
+from .chart_style import BASELINE, MAIN, Chart, as_svg, legend_below, plain_axes
+from .page import page_environment
+from .record_reader import time_of
+
+__all__ = ["record_charts", "write_record_page"]
+
+Row = dict[str, Any]
+
+WIDTH, HEIGHT = 8.0, 2.8  # inches
+KINDS = {"failed": ("x", "#d55e00"), "unadapted": ("s", BASELINE), "adapted": ("o", MAIN)}
+
+
+def write_record_page(
+    path: str | os.PathLike, rows: Sequence[Row], table: Sequence[Sequence[str]], alerts: Sequence[str]
+) -> Path:
+    """Write the page; the same records give the same bytes."""
+    template = page_environment().get_template("records.html.j2")
+    html = template.render(count=len(rows), table=table, alerts=alerts, charts=record_charts(rows))
+    with atomic_path(path) as part:
+        part.write_text(html, encoding="utf-8")
+    return Path(path)
+
+
+def record_charts(rows: Sequence[Row]) -> list[Chart]:
+    """Return the charts, each left out where no record has its data."""
+    charts = [_decisions(rows)] if rows else []
+    if any("loss_before" in row for row in rows):
+        charts.append(
+            _lines(
+                rows,
+                {"loss_before": ("before tuning", BASELINE, "s"), "loss_after": ("after", MAIN, "o")},
+                "Alignment loss",
+                "How far each image is from the source, before and after its instance prompt was tuned. A lasting step "
+                "is another scanner or other images.",
+            )
+        )
+    if any("prompt_norm" in row for row in rows):
+        charts.append(
+            _lines(
+                rows,
+                {"prompt_norm": ("global prompts", MAIN, "o")},
+                "Distance of the prompts from ones",
+                "Euclidean distance of the global prompts from ones, which change nothing, after each image.",
+            )
+        )
+    return charts
+
+
+def _decisions(rows: Sequence[Row]) -> Chart:
+    kinds = ["failed" if row["status"] != "ok" else row.get("decision", "adapted") for row in rows]
+    figure, axes = _figure()
+    places = _places(rows, axes)
+    for height, (kind, (marker, color)) in enumerate(KINDS.items()):
+        here = [place for place, own in zip(places, kinds, strict=True) if own == kind]
+        axes.plot(here, [height] * len(here), marker, color=color, markersize=5, alpha=0.6)
+    axes.set_yticks(range(len(KINDS)), [f"{kind} ({kinds.count(kind)})" for kind in KINDS])
+    axes.set_ylim(-0.5, len(KINDS) - 0.5)
+    plain_axes(axes)
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS)
+    return Chart("Decisions", "What became of each image.", f"Images over time: {counts}.", as_svg(figure))
+
+
+def _lines(rows: Sequence[Row], lines: dict[str, tuple[str, str, str]], title: str, caption: str) -> Chart:
+    figure, axes = _figure()
+    places = _places(rows, axes)
+    for key, (label, color, marker) in lines.items():
+        values = np.array([row.get(key, math.nan) for row in rows])
+        axes.plot(places, values, marker, color=color, markersize=3.5, alpha=0.7, label=label)
+    axes.set_ylabel(title.lower())
+    plain_axes(axes)
+    legend_below(figure, axes)
+    return Chart(title, caption, f"{title} of each image over time.", as_svg(figure))
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _places(rows: Sequence[Row], axes: Axes) -> list[Any]:
+    """Return where the records lie along the horizontal axis: their times, or their numbers if any has no time."""
+    times = [time_of(row) for row in rows]
+    if None in times:
+        axes.set_xlabel("image")
+        return list(range(1, len(rows) + 1))
+    locator = AutoDateLocator()
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    axes.set_xlabel("time (UTC)")
+    return times
