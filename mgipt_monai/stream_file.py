@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from .fingerprint import fingerprint
 from .methods.base import AdaptationMethod
 from .state_file import load_state, save_state
+from .stream_content import check_content
 
 __all__ = ["StreamFile"]
 
@@ -100,7 +101,10 @@ class StreamFile:
         differing = differences(content["settings"], method.settings())
         if differing:
             raise ValueError(f"{self.path} was made with other settings: {'; '.join(differing)}")
-        method.load_adaptation_state(content["adaptation"])
+        try:
+            method.load_adaptation_state(content["adaptation"])
+        except ValueError as error:
+            raise ValueError(f"{self.path} cannot be gone on with: {error}; remove it to start anew") from error
         self._kept = content["snapshots"]
         return content
 
@@ -153,10 +157,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: if it is something else, or of another version.
     """
     content = load_state(path)
-    if content.get("schema") != SCHEMA or set(content) != KEYS:
+    if not isinstance(content.get("schema"), str) or content["schema"] != SCHEMA or set(content) != KEYS:
         raise ValueError(f"{path} is not a stream's state: remove it to start anew")
-    if content["version"] != VERSION:
+    if not isinstance(content["version"], int) or content["version"] != VERSION:
         raise ValueError(f"{path} is of version {content['version']}, this mgipt_monai reads version {VERSION}")
+    try:
+        check_content(content)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a stream's state ({error}): remove it to start anew") from error
     return content
 
 

@@ -97,6 +97,9 @@ def same_state(one: dict, other: dict) -> bool:
         elif isinstance(value, dict):
             if not same_state(value, other[key]):
                 return False
+        elif isinstance(value, torch.Tensor):
+            if not torch.equal(value, other[key]):
+                return False
         elif value != other[key]:
             return False
     return True

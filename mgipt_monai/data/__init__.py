@@ -10,13 +10,16 @@ from .stream_order import order_stream
 from .stream_share import share_stream
 from .streams import find_stream
 from .transforms import CheckImaged, LabelToChannelsd
+from .uncertainty import AddUncertaintyd, SaveUncertaintyd
 
 __all__ = [
     "CAMERAS",
+    "AddUncertaintyd",
     "Camera",
     "CheckImaged",
     "LabelToChannelsd",
     "SaveMaskd",
+    "SaveUncertaintyd",
     "StreamDataset",
     "find_stream",
     "order_stream",

@@ -8,15 +8,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from monai.config import KeysCollection
-from monai.data import MetaTensor, NibabelWriter, PILWriter
 from monai.transforms import MapTransform
 
 from mgipt_monai.state_file import atomic_path
 
-from .streams import stem
+from .write_image import output_path, write_image
 
 __all__ = ["SaveMaskd"]
 
@@ -63,18 +61,8 @@ class SaveMaskd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save each key's mask; the data pass unchanged."""
         for key in self.keys:
-            source = str(data[key].meta["filename_or_obj"])
-            nifti = source.lower().endswith((".nii", ".nii.gz"))
-            path = self.output_dir / f"{data.get('name', stem(source))}{'.nii.gz' if nifti else '.png'}"
-            with atomic_path(path) as part:
-                drawn = self._draw(data[key])
-                if nifti:
-                    _write_nifti(drawn, part)
-                else:
-                    writer = PILWriter(output_dtype=np.uint8, scale=None)
-                    writer.set_data_array(drawn)
-                    writer.set_metadata(drawn.meta, resample=False)
-                    writer.write(part, reverse_indexing=self.reverse_indexing)
+            path = output_path(self.output_dir, data, data[key])
+            write_image(self._draw(data[key]), path, columns_first=self.reverse_indexing)
         return dict(data)
 
     def _draw(self, mask: torch.Tensor) -> torch.Tensor:
@@ -84,13 +72,3 @@ class SaveMaskd(MapTransform):
         for channel, value in zip(mask, self.values, strict=True):
             drawn[0][channel > 0] = value
         return drawn
-
-
-def _write_nifti(mask: MetaTensor, path: Path) -> None:
-    # a file of one slice (H, W, 1) was flattened for a 2D network, and comes back as one
-    missing = len(mask.meta.get("spatial_shape", ())) - (mask.ndim - 1)
-    writer = NibabelWriter(output_dtype=np.uint8)
-    values = mask[0].reshape(*mask.shape[1:], *[1] * missing)
-    writer.set_data_array(values, channel_dim=-1, squeeze_end_dims=False, spatial_ndim=None)
-    writer.set_metadata(mask.meta, resample=False)
-    writer.write(path)

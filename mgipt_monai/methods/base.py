@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
+from mgipt_monai.networks.state_checks import check_keys, check_number
 from mgipt_monai.networks.windows import ForwardRoute
 
 from .image_checks import check_image
@@ -152,14 +153,13 @@ class AdaptationMethod(nn.Module, ABC):
         Raises:
             ValueError: if the state does not fit, naming what differs; nothing is changed then.
         """
-        missing = sorted({"version", "method", "images_seen", *self._state()} - set(state))
-        if missing:
-            raise ValueError(f"the adaptation state lacks {', '.join(missing)}: it was not written by this method")
+        check_keys("adaptation state", state, {"version", "method", "images_seen", *self._state()})
         for key, expected in (("version", STATE_VERSION), ("method", type(self).__name__)):
-            if state[key] != expected:
+            if type(state[key]) is not type(expected) or state[key] != expected:
                 raise ValueError(f"the adaptation state has {key} {state[key]!r}, this needs {expected!r}")
+        check_number("images_seen", state["images_seen"], least=0, whole=True)
         self._load_state(state)
-        self.images_seen = int(state["images_seen"])
+        self.images_seen = state["images_seen"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # a checkpoint of the plain network loads into the method that stands in its place

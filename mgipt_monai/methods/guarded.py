@@ -13,6 +13,7 @@ from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor
 
 from mgipt_monai.networks.alignment import AlignedNorms
+from mgipt_monai.networks.disagreement import disagreement
 from mgipt_monai.networks.early_stop import Head, binarize, consistency_score
 from mgipt_monai.networks.global_prompts import GlobalPrompts
 from mgipt_monai.networks.guard import Guard
@@ -33,6 +34,11 @@ class GuardedMethod(AdaptationMethod):
     normalisation and through the same windows. What the guard saw and said is in the image's record: ``decision``
     (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``. Each record also has ``prompt_norm``, the
     Euclidean distance of the global prompts from ones after the image, and, with a limit of cost, ``dropped``.
+
+    Attributes:
+        uncertainty: where the views of the latest call's images disagreed, (B, 1, \\*spatial) in [0, 1], see
+            :func:`mgipt_monai.networks.disagreement`; also where the guard fell back. None before the first call,
+            after one that failed and after ``reset``. It is replaced by the next call and never saved.
     """
 
     norms: AlignedNorms
@@ -41,6 +47,7 @@ class GuardedMethod(AdaptationMethod):
     guard: Guard | None
     head: Head
     max_forwards: int | None = None
+    uncertainty: Tensor | None = None
     _backwards: int
     _dropped: list[str]
 
@@ -63,6 +70,16 @@ class GuardedMethod(AdaptationMethod):
             max_forwards, self.instance_prompt, self.global_prompts, self.guard is not None
         )
         self.max_forwards = max_forwards
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Adapt to each image, then predict it, and keep where the views disagreed; see the base class."""
+        self.uncertainty, self._maps = None, []
+        try:
+            logits = super().forward(image)
+            self.uncertainty = torch.cat(self._maps)
+        finally:
+            self._maps = []
+        return logits
 
     @abstractmethod
     def _adapt(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
@@ -89,7 +106,8 @@ class GuardedMethod(AdaptationMethod):
         except FloatingPointError:
             # a tuning step was not finite: the same as a prediction that is not
             adapted = torch.full_like(unadapted, torch.nan)
-            record = {"forwards": self.norms.forwards, "backwards": self._backwards}
+            mean = self._disagreement(adapted)
+            record = {"disagreement": mean, "forwards": self.norms.forwards, "backwards": self._backwards}
         signals = {**guard.compare(loss), **self._signals(adapted, unadapted, record)}
         verdict = guard.judge(signals)
         guard.settle(verdict, signals, self.global_prompts, before)
@@ -100,6 +118,12 @@ class GuardedMethod(AdaptationMethod):
             "reasons": verdict.reasons,
             "signals": signals,
         }
+
+    def _disagreement(self, logits: Tensor) -> float:
+        """Keep the map of where the views (N, K, \\*spatial) of an image disagree, and return the image's number."""
+        uncertainty, mean = disagreement(logits, self.head)
+        self._maps.append(uncertainty)
+        return mean
 
     def _signals(self, adapted: Tensor, unadapted: Tensor, record: dict[str, Any]) -> dict[str, float]:
         if not torch.isfinite(adapted).all():
@@ -146,6 +170,7 @@ class GuardedMethod(AdaptationMethod):
         return bool(self.instance_prompt.sizes) or not self.global_prompts.sizes
 
     def _reset(self) -> None:
+        self.uncertainty = None
         self.instance_prompt.reset()
         self.global_prompts.reset()
         if self.guard is not None:

@@ -165,6 +165,7 @@ class MGIPT(GuardedMethod):
             "loss_after": tuning.loss_after,
             "global_losses": global_losses.tolist(),
             "consistency": tuning.consistency,
+            "disagreement": self._disagreement(logits),
             "forwards": self.norms.forwards,
             "backwards": self._backwards,
         }

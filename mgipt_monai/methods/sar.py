@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.networks.early_stop import Head
 from mgipt_monai.networks.prompt_step import check_step
+from mgipt_monai.networks.state_checks import check_number
 
 from .prediction_losses import class_count, entropy
 from .trained_copy import TrainedCopy
@@ -132,8 +133,8 @@ class SAR(WeightAdaptation):
 
     def _load_state(self, state: dict[str, Any]) -> None:
         average = state["loss_average"]
-        if average is not None and not math.isfinite(average):
-            raise ValueError(f"the state's loss_average is not finite: {average}")
+        if average is not None:
+            check_number("loss_average", average)
         super()._load_state(state)
         self._average = average
 

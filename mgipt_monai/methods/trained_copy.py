@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.norm_layers import NEEDS_BATCH_NORM, find_norm_layers
+from mgipt_monai.networks.state_checks import check_finite, check_keys, check_tensor
 
 __all__ = ["TrainedCopy", "load_weights", "norm_affine_names"]
 
@@ -35,15 +36,16 @@ def norm_affine_names(network: nn.Module, layers: str | None = None) -> set[str]
 
 def load_weights(weights: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
     """Copy saved values into the weights of the same names; raise ValueError if names, shapes or values do not fit."""
-    if differing := sorted(weights.keys() ^ saved.keys()):
+    check_keys("state's weights", saved, set())
+    if differing := sorted(map(str, weights.keys() ^ saved.keys())):
         raise ValueError(f"the state and the network have not the same weights, they differ in {', '.join(differing)}")
     for name, weight in weights.items():
+        check_tensor(name, saved[name], weight.dtype)
         if saved[name].shape != weight.shape:
             raise ValueError(
                 f"the state's {name} has shape {tuple(saved[name].shape)}, the network's {tuple(weight.shape)}"
             )
-        if not torch.isfinite(saved[name]).all():
-            raise ValueError(f"the state's {name} is not finite")
+        check_finite(f"numbers of {name}", saved[name])
         with torch.no_grad():
             weight.copy_(saved[name])
 
@@ -75,6 +77,7 @@ class TrainedCopy:
         self.weights = {name: weight for name, weight in self.network.named_parameters() if name in names}
         for weight in self.weights.values():
             weight.requires_grad_()
+        self._make_optimizer = make_optimizer
         self.optimizer = make_optimizer(list(self.weights.values()))
         self.backwards = 0
 
@@ -131,12 +134,28 @@ class TrainedCopy:
     def load(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned; raise ValueError if it does not fit."""
         load_weights(self.weights, state["weights"])
-        shapes = [weight.shape for weight in self.weights.values()]
-        for index, moments in state["optimizer"].items():
-            if not 0 <= index < len(shapes) or any(m.ndim and m.shape != shapes[index] for m in moments.values()):
-                raise ValueError(f"the state's optimizer does not fit the weights, it differs at number {index}")
-            if not all(torch.isfinite(moment).all() for moment in moments.values()):
-                raise ValueError(f"the state's optimizer is not finite at number {index}")
+        self._check_moments(state["optimizer"])
         # copies, since the optimiser would go on to write into the caller's tensors
         moments = {i: {key: m.clone() for key, m in each.items()} for i, each in state["optimizer"].items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+
+    def _check_moments(self, saved: Any) -> None:
+        """Raise ValueError unless these are the optimiser's moments for all weights, or for none before a step."""
+        weights = list(self.weights.values())
+        check_keys("state's optimizer", saved, set())
+        if saved and set(saved) != set(range(len(weights))):
+            raise ValueError(f"the state's optimizer has moments of {len(saved)} weights, this needs {len(weights)}")
+        # which moments it keeps is seen after a step
+        probe = nn.Parameter(torch.zeros(1))
+        probe.grad = torch.zeros(1)
+        optimizer = self._make_optimizer([probe])
+        optimizer.step()
+        expected = optimizer.state[probe]
+        for index, weight in enumerate(weights if saved else []):
+            name = f"optimizer at number {index}"
+            check_keys(f"state's {name}", saved[index], set(expected))
+            for key, moment in saved[index].items():
+                check_tensor(name, moment, weight.dtype)
+                if key not in expected or moment.shape != (weight.shape if expected[key].ndim else ()):
+                    raise ValueError(f"the state's {name} does not fit: {key} of shape {tuple(moment.shape)}")
+                check_finite(name, moment)

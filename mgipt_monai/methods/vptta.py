@@ -17,6 +17,7 @@ from mgipt_monai.networks.blended_norms import BlendedNorms
 from mgipt_monai.networks.frequency_prompt import LowFrequencies
 from mgipt_monai.networks.prompt_step import check_step, loss_gradient
 from mgipt_monai.networks.source_statistics import SourceStatistics, read_statistics
+from mgipt_monai.networks.state_checks import check_finite, check_tensors
 
 from .base import AdaptationMethod
 
@@ -177,15 +178,17 @@ class VPTTA(AdaptationMethod):
         return {name: [t.clone().cpu() for t in getattr(self, name)] for name in ("amplitudes", "prompts", "moments")}
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        kept = {name: [t.detach().clone().float() for t in state[name]] for name in self._state()}
+        for name in self._state():
+            check_tensors(name, state[name])
+        kept = {name: [t.detach().clone() for t in state[name]] for name in self._state()}
         counts = {name: len(tensors) for name, tensors in kept.items()}
         images = counts["prompts"]
         if images > self.memory_size or list(counts.values()) != [images, images, 2 * bool(images)]:
             raise ValueError(f"the state holds {counts}, this needs 2 moments and at most {self.memory_size} of each")
         tensors = [*kept["amplitudes"], *kept["prompts"], *kept["moments"]]
         for tensor in tensors:
-            if tensor.shape != tensors[0].shape or tensor.shape[2:] != (self.side,) * (tensor.ndim - 2):
+            dims = tensor.ndim - 2
+            if dims < 1 or tensor.shape != tensors[0].shape or tensor.shape[2:] != (self.side,) * dims:
                 raise ValueError(f"the state has a tensor of shape {tuple(tensor.shape)}, this has side {self.side}")
-            if not torch.isfinite(tensor).all():
-                raise ValueError("the state is not finite")
+        check_finite("prompts", *tensors)
         self.amplitudes, self.prompts, self.moments = kept["amplitudes"], kept["prompts"], kept["moments"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.networks.early_stop import Head, check_head
 from mgipt_monai.networks.norm_layers import NEEDS_BATCH_NORM, find_norm_layers
+from mgipt_monai.networks.state_checks import check_keys
 
 from .base import AdaptationMethod
 from .trained_copy import TrainedCopy, norm_affine_names
@@ -91,6 +92,7 @@ class WeightAdaptation(AdaptationMethod):
         return {key: {} for key in self._copy_type.KEYS} if self.adapted is None else self.adapted.state()
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        check_keys("state's weights", state["weights"], set())
         if not state["weights"]:
             self.adapted = None
             return

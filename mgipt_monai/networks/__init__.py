@@ -7,6 +7,7 @@ from .aligned_layer import alignment_loss
 from .alignment import AlignedNorms
 from .blended_norms import BlendedNorms
 from .calibration import calibrate, instance_statistics, normalize
+from .disagreement import disagreement
 from .early_stop import consistency_score, got_worse
 from .ensemble import ConfidenceEnsemble
 from .frequency_prompt import FrequencyPrompt, LowFrequencies
@@ -37,6 +38,7 @@ __all__ = [
     "alignment_loss",
     "calibrate",
     "consistency_score",
+    "disagreement",
     "find_measurable_layers",
     "find_norm_layers",
     "got_worse",

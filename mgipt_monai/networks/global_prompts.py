@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .frequency_prompt import LowFrequencies
 from .prompt_step import check_sizes, check_step, loss_gradient
+from .state_checks import check_finite, check_keys, check_tensors
 
 __all__ = ["GlobalPrompts"]
 
@@ -95,27 +96,29 @@ class GlobalPrompts(nn.Module):
         }
 
     def check_adaptation_state(self, state: dict[str, list[Tensor]]) -> None:
-        """Raise ValueError if the state's prompts are not finite, not of one stream or of other sizes."""
+        """Raise ValueError if the state's prompts are no finite tensors, not of one stream or of other sizes."""
+        check_keys("state", state, {"students", "teachers"})
         for role in ("students", "teachers"):
-            sides = tuple(p.shape[-1] for p in state[role])
+            check_tensors(role, state[role])
+            sides = tuple(p.shape[-1] if p.ndim else 0 for p in state[role])
             if sides and sides != self.sizes:
                 raise ValueError(f"the state has {role} of sizes {sides}, these global prompts have {self.sizes}")
-            if not all(torch.isfinite(p).all() for p in state[role]):
-                raise ValueError(f"the state's {role} are not finite")
         if len(state["students"]) != len(state["teachers"]):
             raise ValueError("the state has not as many teachers as students")
         for prompt in (*state["students"], *state["teachers"]):
-            channels, dims = state["students"][0].shape[1], state["students"][0].ndim - 2
-            if prompt.shape != (1, channels, *[prompt.shape[-1]] * dims):
+            channels, dims = state["students"][0].shape[1:2], state["students"][0].ndim - 2
+            if dims < 1 or prompt.shape != (1, *channels, *[prompt.shape[-1]] * dims):
                 raise ValueError(
                     f"the state's students and teachers are not of one stream: shape {tuple(prompt.shape)}"
                 )
+        for role in ("students", "teachers"):
+            check_finite(role, *state[role])
 
     def load_adaptation_state(self, state: dict[str, list[Tensor]]) -> None:
         """Take over prompts of the same sizes; raises ValueError, unchanged, if they do not fit."""
         self.check_adaptation_state(state)
-        self.students = [p.detach().clone().float() for p in state["students"]]
-        self.teachers = [p.detach().clone().float() for p in state["teachers"]]
+        self.students = [p.detach().clone() for p in state["students"]]
+        self.teachers = [p.detach().clone() for p in state["teachers"]]
 
     def _start(self, image: Tensor) -> None:
         channels, dims = image.shape[1], image.ndim - 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .global_prompts import GlobalPrompts
 from .loss_memory import LossMemory
+from .state_checks import check_keys
 from .thresholds import THRESHOLDS
 
 __all__ = ["Guard", "Verdict"]
@@ -160,9 +161,7 @@ class Guard(nn.Module):
         Raises:
             ValueError: if it does not fit; nothing is changed then.
         """
-        missing = sorted({*self.memory.state(), *self.good} - set(state))
-        if missing:
-            raise ValueError(f"the guard's state lacks {', '.join(missing)}")
+        check_keys("guard's state", state, {*self.memory.state(), *self.good})
         prompts.check_adaptation_state(state)
         self.memory.load_state(state)
         self.good = {role: [p.detach().clone() for p in state[role]] for role in self.good}

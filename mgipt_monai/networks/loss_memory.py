@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from .state_checks import check_number
+
 __all__ = ["LossMemory"]
 
 RATE = 0.05
@@ -16,6 +18,8 @@ MIN_SPREAD = 0.05
 """Smallest standard deviation: losses that differ by 5 % are alike."""
 MIN_LOSS = 1e-12
 """Keeps the logarithm finite."""
+LARGEST_LOG = 710.0
+"""No logarithm of a number that a computer holds is larger."""
 
 
 class LossMemory:
@@ -87,9 +91,11 @@ class LossMemory:
         Raises:
             ValueError: if it is something else; nothing is changed then.
         """
-        numbers = [state["images"], state["mean"], state["variance"], state["latest"] or 0.0]
-        if not all(math.isfinite(number) for number in numbers) or state["images"] < 0 or state["variance"] < 0:
-            raise ValueError(f"the state's memory of losses is not usable: {numbers}")
+        check_number("images", state["images"], least=0, whole=True)
+        check_number("mean", state["mean"], -LARGEST_LOG, LARGEST_LOG)
+        check_number("variance", state["variance"], 0, LARGEST_LOG**2)
+        if state["latest"] is not None:
+            check_number("latest", state["latest"])
         self.images, self.mean, self.variance, self.latest = (
             state[key] for key in ("images", "mean", "variance", "latest")
         )

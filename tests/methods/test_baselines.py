@@ -391,15 +391,18 @@ def test_wrong_states_are_refused_and_change_nothing(name: str, images: list[tor
     cases = [
         (spoilt(lambda s: s["weights"].pop("1.bias")), "differ in 1.bias"),
         (spoilt(lambda s: s["weights"].update({"1.bias": torch.zeros(3)})), r"1.bias has shape \(3,\)"),
-        (spoilt(lambda s: s["weights"]["4.weight"].fill_(math.nan)), "4.weight is not finite"),
-        (spoilt(lambda s: s["optimizer"].update({99: {}})), "number 99"),
+        (spoilt(lambda s: s["weights"]["4.weight"].fill_(math.nan)), "numbers of 4.weight are not finite"),
+        (spoilt(lambda s: s["optimizer"].update({99: {}})), r"optimizer has moments of \d+ weights"),
         (spoilt(lambda s: s["optimizer"][1].update(exp_avg=torch.zeros(2))), "number 1"),
-        (spoilt(lambda s: s["optimizer"][0].update(exp_avg=torch.tensor(math.inf))), "not finite at number 0"),
+        (
+            spoilt(lambda s: s["optimizer"][0].update(exp_avg=torch.tensor(math.inf))),
+            r"number 0 does not fit: exp_avg of shape \(\)",
+        ),
         (spoilt(lambda s: s.pop("optimizer")), "lacks optimizer"),
         (spoilt(lambda s: s.update(method="MGIPT")), "method 'MGIPT'"),
     ]
     if name == "sar":
-        cases.append((spoilt(lambda s: s.update(loss_average=math.nan)), "loss_average is not finite"))
+        cases.append((spoilt(lambda s: s.update(loss_average=math.nan)), "loss_average must be a number"))
     if name == "cotta":
         cases.append((spoilt(lambda s: s["teacher"].pop("0.bias")), "differ in 0.bias"))
     for state, message in cases:

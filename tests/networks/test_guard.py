@@ -137,7 +137,7 @@ def test_wrong_states_are_refused_and_change_nothing() -> None:
     good = guard.adaptation_state()
     cases = [
         ({"images": 3}, (1, 3), "lacks latest, mean, students"),
-        ({**good, "variance": -1.0}, (1, 3), "memory of losses is not usable"),
+        ({**good, "variance": -1.0}, (1, 3), "variance must be a number from 0"),
         (good, (3, 5), r"sizes \(1, 3\)"),
     ]
     for state, sizes, message in cases:

@@ -92,7 +92,7 @@ def test_state_goes_on_alike_and_reset_starts_anew() -> None:
 def test_unusable_state_is_refused_and_changes_nothing(wrong: dict) -> None:
     memory = remembering(losses(3))
     before = memory.state()
-    with pytest.raises(ValueError, match="memory of losses is not usable"):
+    with pytest.raises(ValueError, match=f"the state's {next(iter(wrong))} must be"):
         memory.load_state({**before, **wrong})
     assert memory.state() == before
 

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check parts of a saved state, which may hold anything, before any of it is taken over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_finite", "check_keys", "check_number", "check_tensor", "check_tensors"]
+
+MOST = 2.0**63
+
+
+def check_keys(name: str, value: Any, keys: set[str]) -> None:
+    """Raise ValueError unless ``value`` is a dict that has all these keys."""
+    if not isinstance(value, dict):
+        raise ValueError(f"the {name} must be a dict, got {type(value).__name__}")
+    if missing := sorted(keys - set(value)):
+        raise ValueError(f"the {name} lacks {', '.join(missing)}")
+
+
+def check_number(name: str, value: Any, least: float = -MOST, most: float = MOST, whole: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a plain finite number from ``least`` to ``most``, whole if asked for."""
+    kinds = (int,) if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"the state's {name} must be a {kind} from {least:g} to {most:g}, got {_short(value)}")
+
+
+def check_tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Raise ValueError unless ``value`` is an ordinary dense tensor of this type of numbers."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"the state's {name} must be a tensor, got {_short(value)}")
+    if value.layout != torch.strided or value.is_meta or value.is_nested or value.dtype != dtype:
+        kind = f"{value.dtype}, {value.layout}, on {value.device}"
+        raise ValueError(f"the state's {name} must be a dense tensor of {dtype}, got {kind}")
+
+
+def check_tensors(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a list of ordinary dense tensors of 32-bit numbers."""
+    if not isinstance(value, list):
+        raise ValueError(f"the state's {name} must be a list of tensors, got {_short(value)}")
+    for tensor in value:
+        check_tensor(name, tensor)
+
+
+def check_finite(name: str, *tensors: Tensor) -> None:
+    """Raise ValueError unless all numbers of the tensors are finite."""
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise ValueError(f"the state's {name} are not finite")
+
+
+def _short(value: Any) -> str:
+    plain = value is None or isinstance(value, (bool, float, str)) or (isinstance(value, int) and abs(value) < MOST)
+    return repr(value)[:60] if plain else f"a {type(value).__name__}"
