@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+LABEL_VENV ?= .venv-label
+# label/ has a stand-in for torchvision
+LABEL_RUN = PYTHONPATH=label $(LABEL_VENV)/bin/python -W ignore
+LABEL_APP = build/label/monaibundle
 
-.PHONY: demo benchmark test lint format clean
+.PHONY: demo benchmark label label-test test lint format clean
 
 # three cameras the source network has never seen, without and with adaptation: table and picture
 demo: $(VENV)/.installed
@@ -16,6 +20,19 @@ benchmark: $(VENV)/.installed
 	$(RUN) -m monai.bundle run --config_file "['bundle/configs/inference.yaml','bundle/configs/evaluate.yaml',\
 	'bundle/configs/benchmark.yaml']" --bundle_root bundle --dataset_dir build/benchmark_sites --rounds 2 \
 	  --output_dir build/benchmark
+
+# a MONAI Label server with the bundle and photographs of one camera: http://127.0.0.1:8000 (Python 3.11, about 3 GB)
+label: $(LABEL_VENV)/.installed
+	[ -d $(LABEL_APP) ] || $(LABEL_RUN) -m monailabel.main apps --download --name monaibundle --output build/label
+	$(LABEL_RUN) -m mgipt_monai.label_app --bundle bundle --app $(LABEL_APP)
+	$(LABEL_RUN) -m mgipt_monai.data.demo_stream --folder build/label/photographs --cameras warm_vignetted --count 16
+	$(LABEL_RUN) -m monailabel.main start_server --app $(LABEL_APP) \
+	  --studies build/label/photographs/warm_vignetted/images --host 127.0.0.1 --port 8000 \
+	  --conf models mgipt_segmentation --conf skip_trainers true --conf zoo_source local
+
+# such a server, asked through HTTP
+label-test: $(LABEL_VENV)/.installed
+	$(LABEL_RUN) label/check_server.py
 
 # all tests; those on real images run where MGIPT_TEST_DATA names their folder
 test: $(VENV)/.installed
@@ -30,9 +47,15 @@ format: $(VENV)/.installed
 	$(RUN) -m ruff format .
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(LABEL_VENV)
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
+	touch $@
+
+$(LABEL_VENV)/.installed: label/requirements.txt setup.cfg
+	$(PYTHON) -m venv $(LABEL_VENV)
+	$(LABEL_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(LABEL_VENV)/bin/python -m pip install --quiet --no-deps --requirement label/requirements.txt --editable .
 	touch $@

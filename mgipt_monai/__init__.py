@@ -11,6 +11,7 @@ from .handlers import SourceStatisticsHandler, TestTimeAdaptationHandler
 from .inferers import AdaptiveInferer
 from .methods import MGIPT, SAR, VPTTA, AdaptationMethod, BatchNormAdaptation, CoTTA, GraTa, Source, Tent
 from .networks import SourceStatistics, measure_source_statistics
+from .persistent_inferer import PersistentInferer
 from .records import RecordFile
 from .state_file import load_state, save_state
 from .stream_file import StreamFile
@@ -30,6 +31,7 @@ __all__ = [
     "Benchmark",
     "CoTTA",
     "GraTa",
+    "PersistentInferer",
     "RecordFile",
     "Source",
     "SourceStatistics",

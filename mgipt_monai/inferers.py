@@ -76,6 +76,11 @@ class AdaptiveInferer(Inferer):
         """
         if args or kwargs:
             raise TypeError(f"AdaptiveInferer gives the network images alone, got also {[*args, *kwargs]}")
+        self._bind(network)
+        self.method.predict_through(*self._route())
+        return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
+
+    def _bind(self, network: nn.Module) -> None:
         if isinstance(network, AdaptationMethod):
             if network is not self.method:
                 raise RuntimeError(
@@ -84,8 +89,6 @@ class AdaptiveInferer(Inferer):
                 )
         elif network is not self.method.network:
             self.method.bind(network)
-        self.method.predict_through(*self._route())
-        return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
 
     def _route(self) -> tuple[Inferer, int]:
         return (SimpleInferer() if self.slices == "own" else self.inferer), self.windows

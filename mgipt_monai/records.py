@@ -11,7 +11,7 @@ from typing import Any
 
 from .state_file import atomic_path
 
-__all__ = ["RecordFile", "in_words"]
+__all__ = ["RecordFile", "in_words", "json_types"]
 
 
 class RecordFile:
@@ -39,7 +39,7 @@ class RecordFile:
         """Write one line; values that JSON does not know (NaN, infinite) become null."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(row), allow_nan=False) + "\n")
+            file.write(json.dumps(json_types(row), allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """Return all whole lines; a last line cut off by a crash is left out."""
@@ -80,11 +80,17 @@ def in_words(row: dict[str, Any]) -> str:
     return ", ".join([*words, f"{row['seconds']:.2f} s"])
 
 
-def _plain(value: Any) -> Any:
+def json_types(value: Any) -> Any:
+    """Return nested dicts and lists as JSON has them: keys are texts, numbers that JSON does not know are null.
+
+    Example:
+        >>> json_types({"consistency": {1: float("nan"), 3: 0.5}})
+        {'consistency': {'1': None, '3': 0.5}}
+    """
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): json_types(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [json_types(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

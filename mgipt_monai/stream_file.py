@@ -100,7 +100,10 @@ class StreamFile:
             )
         differing = differences(content["settings"], method.settings())
         if differing:
-            raise ValueError(f"{self.path} was made with other settings: {'; '.join(differing)}")
+            raise ValueError(
+                f"{self.path} was made with other settings: {'; '.join(differing)}; "
+                "set them back, or start a new stream"
+            )
         try:
             method.load_adaptation_state(content["adaptation"])
         except ValueError as error:

@@ -16,7 +16,6 @@ from mgipt_monai.handlers import PeakMemoryHandler, TestTimeAdaptationHandler
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods import AdaptationMethod, Source
 from mgipt_monai.records import RecordFile
-from mgipt_monai.report.page import write_report
 from mgipt_monai.report.pictures import PictureWriter
 from mgipt_monai.state_file import atomic_path
 
@@ -72,8 +71,12 @@ class Benchmark:
         """Run what is not done yet; return the content of ``results.json``.
 
         Raises:
+            ModuleNotFoundError: at once, if what the report needs is not installed.
             ValueError: if ``output_dir`` holds a run of other settings, or no image was processed by every method.
         """
+        # here, since all else in the package does without matplotlib
+        from mgipt_monai.report.page import write_report
+
         described, prompts, baseline, weights = {}, {}, None, ""
         for name in self.methods:
             method = self._made(name)
@@ -82,7 +85,9 @@ class Benchmark:
             self._run(name, method)
             prompts[name] = {side: prompt.tolist() for side, prompt in method.prompt_maps().items()}
             baseline = name if baseline is None and isinstance(method, Source) else baseline
-        return self._write({**self.settings, "weights": weights, "methods": described}, prompts, baseline)
+        results = self._write({**self.settings, "weights": weights, "methods": described}, prompts, baseline)
+        logger.info("report: %s", write_report(self.output_dir))
+        return results
 
     def _made(self, name: str) -> AdaptationMethod:
         method = self.methods[name]
@@ -141,7 +146,6 @@ class Benchmark:
         _write_json(self.output_dir / "results.json", results)
         _write_json(self.output_dir / "timing.json", timing(runs))
         write_images_csv(runs, self.output_dir / "images.csv")
-        logger.info("report: %s", write_report(self.output_dir))
         return results
 
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from .adaptation_result import AdaptationResultd
 from .cameras import CAMERAS, Camera
+from .label_map import LabelMapd
 from .save_mask import SaveMaskd
 from .stream_dataset import StreamDataset
 from .stream_order import order_stream
@@ -14,9 +16,11 @@ from .uncertainty import AddUncertaintyd, SaveUncertaintyd
 
 __all__ = [
     "CAMERAS",
+    "AdaptationResultd",
     "AddUncertaintyd",
     "Camera",
     "CheckImaged",
+    "LabelMapd",
     "LabelToChannelsd",
     "SaveMaskd",
     "SaveUncertaintyd",

@@ -8,12 +8,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
 
 from mgipt_monai.state_file import atomic_path
 
+from .label_map import draw_label_map
 from .write_image import output_path, write_image
 
 __all__ = ["SaveMaskd"]
@@ -62,13 +62,5 @@ class SaveMaskd(MapTransform):
         """Save each key's mask; the data pass unchanged."""
         for key in self.keys:
             path = output_path(self.output_dir, data, data[key])
-            write_image(self._draw(data[key]), path, columns_first=self.reverse_indexing)
+            write_image(draw_label_map(data[key], self.values), path, columns_first=self.reverse_indexing)
         return dict(data)
-
-    def _draw(self, mask: torch.Tensor) -> torch.Tensor:
-        if mask.shape[0] != len(self.values):
-            raise ValueError(f"the prediction has {mask.shape[0]} channels, mask_values has {len(self.values)}")
-        drawn = torch.zeros_like(mask[:1])
-        for channel, value in zip(mask, self.values, strict=True):
-            drawn[0][channel > 0] = value
-        return drawn
