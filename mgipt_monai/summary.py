@@ -11,7 +11,7 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 
-__all__ = ["StreamSummary", "aligned", "image_means"]
+__all__ = ["StreamSummary", "aligned", "image_means", "worst_tenth"]
 
 ALL = "all"
 """The key of the figures over all sites."""
@@ -113,6 +113,12 @@ def image_means(row: dict[str, Any]) -> dict[str, float]:
     return means
 
 
+def worst_tenth(values: Sequence[float] | np.ndarray, higher_is_better: bool = True) -> float:
+    """Return the mean of the worst tenth of the values, one at least."""
+    ordered = np.sort(values) if higher_is_better else -np.sort(-np.asarray(values))
+    return float(ordered[: max(1, len(values) // 10)].mean())
+
+
 def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     done = [row for row in rows if row["status"] == "ok"]
     by_class: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -127,7 +133,7 @@ def _figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
         metric: {
             **{name: float(np.mean(values)) for name, values in by_class[metric].items()},
             "mean": float(np.mean(values)),
-            "worst_tenth": float(np.mean(sorted(values)[: max(1, len(values) // 10)])),
+            "worst_tenth": worst_tenth(values),
         }
         for metric, values in means.items()
     }

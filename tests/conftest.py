@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from monai.data import MetaTensor
 from torch import nn
 
-from mgipt_monai import MGIPT, RecordFile
+from mgipt_monai import MGIPT, AdaptationMethod, RecordFile
 
 # tiny tensors: more threads only get into each other's way
 torch.set_num_threads(1)
@@ -84,25 +86,28 @@ def identical(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def same_state(one: dict, other: dict) -> bool:
-    """Whether two adaptation states are bit-identical."""
-    if one.keys() != other.keys():
-        return False
-    for key, value in one.items():
-        if isinstance(value, list):
-            if len(value) != len(other[key]) or not all(
-                torch.equal(a, b) for a, b in zip(value, other[key], strict=True)
-            ):
-                return False
-        elif isinstance(value, dict):
-            if not same_state(value, other[key]):
-                return False
-        elif isinstance(value, torch.Tensor):
-            if not torch.equal(value, other[key]):
-                return False
-        elif value != other[key]:
-            return False
-    return True
+def assert_batch_equals_one_by_one(make: Callable[[], AdaptationMethod], images: Sequence[torch.Tensor]) -> None:
+    """Give the images to one method as a batch and to another one by one: outputs, records and states are alike."""
+    batched, single = make(), make()
+    together = batched(torch.cat(list(images)))
+    apart, records = [], []
+    for image in images:
+        apart.append(single(image))
+        records += single.last
+    assert torch.equal(together, torch.cat(apart))
+    assert batched.last == records
+    assert same_state(batched.adaptation_state(), single.adaptation_state())
+
+
+def same_state(one: Any, other: Any) -> bool:
+    """Whether two adaptation states, or parts of them, are bit-identical."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same_state(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(same_state, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other
 
 
 def without_times(path: Path) -> list[dict]:

@@ -111,6 +111,22 @@ def test_snapshots_are_made_at_intervals_and_sites_and_their_number_is_bounded(t
     assert read(tmp_path / "stream.pt")["snapshots"] == []
 
 
+def test_a_handler_that_runs_again_keeps_no_snapshot_or_weights_of_the_run_before(tmp_path: Path) -> None:
+    method = mgipt()
+    handler = TestTimeAdaptationHandler(method, tmp_path / "stream.pt", snapshot_every=2)
+    for count in (6, 3):
+        items = [{"image": image(i), "name": f"{i}", "site": "A"} for i in range(count)]
+        StreamingAdaptationEvaluator(
+            "cpu", DataLoader(Dataset(items)), method.network, val_handlers=[handler], progress=False
+        ).run()
+        assert [s["position"] for s in read(tmp_path / "stream.pt")["snapshots"]] == list(range(2, count + 1, 2))
+        method.reset()
+        method.network.load_state_dict(tiny_network(seed=5).state_dict())
+    StreamFile(tmp_path / "stream.pt").load(
+        MGIPT(tiny_network(seed=5), steps=1, instance_sizes=(1,), global_sizes=(3,))
+    )
+
+
 def test_rolled_back_stream_goes_on_as_it_did_then(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     whole = run(tmp_path, 10).adaptation_state()
     before = read(tmp_path / "stream.pt")["snapshots"][0]["adaptation"]

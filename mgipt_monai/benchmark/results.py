@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from mgipt_monai.summary import image_means
+from mgipt_monai.summary import image_means, worst_tenth
 
-from .statistics import interval, per_case, shares, wilcoxon, worst_tenth
+from .statistics import interval, per_case, shares, wilcoxon
 
 __all__ = ["METRICS", "SCHEMA", "SCHEMA_VERSION", "summarise"]
 

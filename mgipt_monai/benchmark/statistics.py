@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from monai.utils import optional_import
 
-__all__ = ["interval", "per_case", "shares", "wilcoxon", "worst_tenth"]
+__all__ = ["interval", "per_case", "shares", "wilcoxon"]
 
 stats, _ = optional_import("scipy.stats", descriptor="{}: pip install mgipt_monai[benchmark]")
 
@@ -41,12 +41,6 @@ def interval(values: np.ndarray, seed: int) -> list[float] | None:
 def wilcoxon(differences: np.ndarray) -> float | None:
     """Return the p-value of the two-sided Wilcoxon signed-rank test; None where nothing differs."""
     return float(stats.wilcoxon(differences).pvalue) if np.any(differences) else None
-
-
-def worst_tenth(values: np.ndarray, higher_is_better: bool = True) -> float:
-    """Return the mean of the worst tenth of the values, one at least."""
-    ordered = np.sort(values) if higher_is_better else -np.sort(-values)
-    return float(ordered[: max(1, len(values) // 10)].mean())
 
 
 def shares(differences: np.ndarray) -> tuple[float, float]:

@@ -128,6 +128,8 @@ class TestTimeAdaptationHandler:
                 rows = [] if self.records is None else self.records.keep(position)
                 skip_done(engine, position, rows, str if self.records is None else self.records.shown)
             else:
+                if self.stream is not None:
+                    self.stream.start(self.method)
                 if self.start_from is not None:
                     self._take_up(StreamFile(self.start_from))
             if self.records is not None:

@@ -27,7 +27,7 @@ from mgipt_monai.methods.trained_copy import norm_affine_names
 from mgipt_monai.methods.views import mean_probabilities, scales_and_flips, turns_and_flips
 from mgipt_monai.methods.weight_adaptation import WeightAdaptation
 from mgipt_monai.networks import AlignedNorms
-from tests.conftest import identical, snapshot, stream, tiny_network
+from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
 ROOT = Path(__file__).parents[2]
 AFFINE = {"1.weight", "1.bias", "4.weight", "4.bias"}
@@ -59,15 +59,6 @@ trained = pytest.mark.parametrize("name", TRAINED)
 
 def build(name: str, network: nn.Module | None = None, **settings: Any) -> AdaptationMethod:
     return METHODS[name](tiny_network() if network is None else network, **settings)
-
-
-def same(one: Any, other: Any) -> bool:
-    """Whether two nested states are bit-identical."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, torch.Tensor):
-        return torch.equal(one, other)
-    return one == other
 
 
 def state_of(method: AdaptationMethod) -> dict[str, Any]:
@@ -111,7 +102,7 @@ def test_reset_gives_the_first_prediction_again(name: str, images: list[torch.Te
     # SAR, TENT and CoTTA predict before they learn, GraTa after; the second time all have learnt
     assert torch.equal(first, again) == (name == "bn")
     method.reset()
-    assert same(method.adaptation_state(), fresh)
+    assert same_state(method.adaptation_state(), fresh)
     assert method.last == []
     assert torch.equal(method(images[0]), first)
 
@@ -127,7 +118,7 @@ def test_same_stream_is_bit_identical_whatever_the_global_seed(name: str, images
         assert torch.equal(torch.get_rng_state(), before)
         states.append(method.adaptation_state())
     assert torch.equal(*runs)
-    assert same(*states)
+    assert same_state(*states)
 
 
 @every
@@ -141,20 +132,12 @@ def test_saving_and_resuming_equals_not_stopping(name: str, images: list[torch.T
     second.load_adaptation_state(state_of(first))
     outputs += [second(image) for image in images[2:]]
     assert torch.equal(torch.cat(expected), torch.cat(outputs))
-    assert same(whole.adaptation_state(), second.adaptation_state())
+    assert same_state(whole.adaptation_state(), second.adaptation_state())
 
 
 @every
 def test_batch_gives_what_its_images_give_one_by_one(name: str, images: list[torch.Tensor]) -> None:
-    batched, single = build(name), build(name)
-    together = batched(torch.cat(images))
-    apart, records = [], []
-    for image in images:
-        apart.append(single(image))
-        records += single.last
-    assert torch.equal(together, torch.cat(apart))
-    assert batched.last == records
-    assert same(batched.adaptation_state(), single.adaptation_state())
+    assert_batch_equals_one_by_one(lambda: build(name), images)
 
 
 @every
@@ -176,7 +159,7 @@ def test_bind_keeps_the_adaptation_on_a_copied_network(name: str, images: list[t
     other = copy.deepcopy(method.network).train().requires_grad_(True)
     with torch.inference_mode():  # as a server may call it
         method.bind(other)
-    assert same(method.adaptation_state(), state)
+    assert same_state(method.adaptation_state(), state)
     assert torch.equal(method(images[1]), untouched(images[1]))
     assert identical(snapshot(other), snapshot(tiny_network()))
 
@@ -254,7 +237,7 @@ def test_failed_image_leaves_the_state_as_it_was(name: str, images: list[torch.T
         method(images[1][:, :2].clone())
     with pytest.raises(ValueError, match="constant"):
         method(torch.ones_like(images[1]))
-    assert same(method.adaptation_state(), clean.adaptation_state())
+    assert same_state(method.adaptation_state(), clean.adaptation_state())
     assert torch.equal(method(images[2]), clean(images[2]))
 
 
@@ -371,10 +354,10 @@ def test_state_is_a_copy_of_constant_size(name: str, images: list[torch.Tensor])
     other = build(name)
     other.load_adaptation_state(state)
     other(images[0])
-    assert same(state, kept)  # neither written into by the one that loaded it ...
+    assert same_state(state, kept)  # neither written into by the one that loaded it ...
     for weight in state["weights"].values():
         weight.zero_()
-    assert same(method.adaptation_state(), kept)  # ... nor the writer's own
+    assert same_state(method.adaptation_state(), kept)  # ... nor the writer's own
 
 
 @trained
@@ -408,7 +391,7 @@ def test_wrong_states_are_refused_and_change_nothing(name: str, images: list[tor
     for state, message in cases:
         with pytest.raises(ValueError, match=message):
             method.load_adaptation_state(state)
-        assert same(method.adaptation_state(), good)
+        assert same_state(method.adaptation_state(), good)
 
 
 @trained
@@ -418,7 +401,7 @@ def test_gradient_that_is_not_finite_is_an_error_before_the_step(name: str, imag
     before = method.adaptation_state()
     with pytest.raises(FloatingPointError, match="not finite"):
         method.adapted.gradients(next(iter(method.adapted.weights.values())).sum() * math.nan)
-    assert same(method.adaptation_state(), before)
+    assert same_state(method.adaptation_state(), before)
 
 
 def test_softmax_head_needs_two_channels(images: list[torch.Tensor]) -> None:

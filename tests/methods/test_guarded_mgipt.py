@@ -16,7 +16,7 @@ from mgipt_monai import MGIPT, AdaptiveInferer, Source
 from mgipt_monai.methods.guarded import area_change
 from mgipt_monai.networks import Guard, measure_source_statistics
 from mgipt_monai.networks.thresholds import THRESHOLDS
-from tests.conftest import MixedNet, same_state, stream, tiny_network
+from tests.conftest import MixedNet, assert_batch_equals_one_by_one, same_state, stream, tiny_network
 
 OFF = dict.fromkeys(THRESHOLDS)
 # limits that no image of these tests keeps within
@@ -250,15 +250,7 @@ def test_resuming_equals_not_stopping_and_the_state_size_is_constant() -> None:
 
 
 def test_batch_gives_what_its_images_give_one_by_one(images: list[torch.Tensor]) -> None:
-    batched, single = (guarded(min_agreement=0.95, max_distance=1.0) for _ in range(2))
-    together = batched(torch.cat(images))
-    apart, records = [], []
-    for image in images:
-        apart.append(single(image))
-        records += single.last
-    assert torch.equal(together, torch.cat(apart))
-    assert batched.last == records
-    assert same_state(batched.adaptation_state(), single.adaptation_state())
+    assert_batch_equals_one_by_one(lambda: guarded(min_agreement=0.95, max_distance=1.0), images)
 
 
 def test_reset_forgets_the_guards_memory_too(images: list[torch.Tensor]) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from mgipt_monai import MGIPT, Source
 from mgipt_monai.networks import ConfidenceEnsemble, GlobalPrompts, InstancePrompt, PhotometricJitter
-from tests.conftest import identical, same_state, snapshot, stream, tiny_network
+from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
 
 def test_network_is_bit_identical_after_a_stream(network: nn.Module, images: list[torch.Tensor]) -> None:
@@ -120,15 +120,7 @@ def test_jitter_depends_on_the_seed_and_the_image_index_alone() -> None:
 
 
 def test_batch_gives_what_its_images_give_one_by_one(images: list[torch.Tensor]) -> None:
-    batched, single = (MGIPT(tiny_network(), steps=2) for _ in range(2))
-    together = batched(torch.cat(images))
-    apart, records = [], []
-    for image in images:
-        apart.append(single(image))
-        records += single.last
-    assert torch.equal(together, torch.cat(apart))
-    assert batched.last == records
-    assert same_state(batched.adaptation_state(), single.adaptation_state())
+    assert_batch_equals_one_by_one(lambda: MGIPT(tiny_network(), steps=2), images)
 
 
 def test_saving_and_resuming_equals_not_stopping(images: list[torch.Tensor]) -> None:

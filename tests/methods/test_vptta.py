@@ -15,7 +15,7 @@ from torch import nn
 from mgipt_monai import VPTTA
 from mgipt_monai.networks import BlendedNorms, LowFrequencies
 from tests import golden_inputs
-from tests.conftest import identical, same_state, snapshot, stream, tiny_network
+from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -124,15 +124,7 @@ def test_step_lowers_the_loss(images: list[torch.Tensor]) -> None:
 
 
 def test_batch_gives_what_its_images_give_one_by_one() -> None:
-    images, batched, single = stream(5), small(), small()
-    together = batched(torch.cat(images))
-    apart, records = [], []
-    for image in images:
-        apart.append(single(image))
-        records += single.last
-    assert torch.equal(together, torch.cat(apart))
-    assert batched.last == records
-    assert same_state(batched.adaptation_state(), single.adaptation_state())
+    assert_batch_equals_one_by_one(small, stream(5))
 
 
 @pytest.mark.parametrize("start", ["memory", "latest"])
