@@ -29,8 +29,8 @@ def check_content(content: dict[str, Any]) -> None:
         check_keys("stream's state", state, {"adaptation", "position", "site"})
         check_number("position", state["position"], least=0, whole=True)
         check_keys("adaptation", state["adaptation"], set())
-        if not (state["site"] is None or isinstance(state["site"], str)):
-            raise ValueError(f"site must be a text, got {type(state['site']).__name__}")
+        if not (state["site"] is None or isinstance(state["site"], (str, int))):
+            raise ValueError(f"site must be a text or a whole number, got {type(state['site']).__name__}")
 
 
 def _is_plain(value: Any, depth: int = DEPTH) -> bool:

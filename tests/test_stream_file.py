@@ -127,6 +127,13 @@ def test_a_handler_that_runs_again_keeps_no_snapshot_or_weights_of_the_run_befor
     )
 
 
+@pytest.mark.parametrize("site", ["clinic", 3, None])
+def test_sites_may_be_named_or_numbered(tmp_path: Path, site: str | int | None) -> None:
+    method = mgipt()
+    StreamFile(tmp_path / "s.pt").save(method, at(method, 0, site))
+    assert StreamFile(tmp_path / "s.pt").load(mgipt())["site"] == site
+
+
 def test_rolled_back_stream_goes_on_as_it_did_then(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     whole = run(tmp_path, 10).adaptation_state()
     before = read(tmp_path / "stream.pt")["snapshots"][0]["adaptation"]
