@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 __all__ = ["load_source_weights"]
 
@@ -17,7 +18,8 @@ def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
 
     Args:
         network: the source network.
-        path: a state dict, or a dict with one under ``model`` or ``state_dict``; tensors and plain types only.
+        path: a state dict, or a dict with one under ``model`` or ``state_dict``; tensors and plain types only. The
+            ``module.`` that ``DataParallel`` puts before every key may be there.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -35,6 +37,8 @@ def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     own = network.state_dict()
+    if not any(key in own for key in state) and all(str(key).startswith("module.") for key in state):
+        consume_prefix_in_state_dict_if_present(state, "module.")
     problems = [
         f"{what}: {_some(keys)}"
         for what, keys in (

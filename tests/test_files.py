@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from mgipt_monai import RecordFile, StreamSummary, load_source_weights, load_state, save_state
 from mgipt_monai.records import in_words
@@ -106,7 +107,16 @@ def test_table_has_a_line_per_site_in_the_order_of_the_stream() -> None:
     assert lines[1].split()[3:6] == ["90.00", "80.00", "85.00"]
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"model": s}, lambda s: {"state_dict": s, "epoch": 3}])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: s,
+        lambda s: {"model": s},
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {f"module.{key}": value for key, value in s.items()},
+        lambda s: {"model": {f"module.{key}": value for key, value in s.items()}},
+    ],
+)
 def test_checkpoints_of_the_usual_layouts_load(tmp_path: Path, wrap) -> None:
     torch.save(wrap(tiny_network(seed=4).state_dict()), tmp_path / "w.pt")
     network = tiny_network(seed=5)
@@ -125,6 +135,19 @@ def test_checkpoint_that_does_not_fit_is_named_with_the_keys_and_changes_nothing
     ):
         load_source_weights(network, tmp_path / "w.pt")
     assert identical(before, snapshot(network))
+
+
+def test_prefix_of_a_parallel_network_stays_where_it_belongs_and_is_no_excuse(tmp_path: Path) -> None:
+    wrapped = nn.DataParallel(tiny_network(seed=4))
+    torch.save(wrapped.state_dict(), tmp_path / "w.pt")
+    other = nn.DataParallel(tiny_network(seed=5))
+    load_source_weights(other, tmp_path / "w.pt")
+    assert identical(snapshot(other), snapshot(wrapped))
+    state = wrapped.state_dict()
+    state["7.bias"] = state.pop("module.7.bias")  # a prefix on some keys is no layout of any network
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"missing: 0.weight, .*unknown: module.0.weight"):
+        load_source_weights(tiny_network(), tmp_path / "w.pt")
 
 
 def test_checkpoint_that_is_absent_or_unreadable_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from .instance_prompt import InstancePrompt, InstanceTuning
 from .jitter import PhotometricJitter
 from .measure_source import measure_source_statistics
 from .norm_layers import find_measurable_layers, find_norm_layers
+from .pranet import PraNet
 from .resunet import ResUNet
 from .source_statistics import LayerStatistics, SourceStatistics
 
@@ -32,6 +33,7 @@ __all__ = [
     "LayerStatistics",
     "LowFrequencies",
     "PhotometricJitter",
+    "PraNet",
     "ResUNet",
     "SourceStatistics",
     "Verdict",

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import mgipt_monai
 from mgipt_monai import RecordFile
-from mgipt_monai.networks import ResUNet
+from mgipt_monai.networks import PraNet, ResUNet
 from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, ROOT, run_bundle
 
 INFERENCE, EVALUATE, TRAIN = (CONFIGS / f"{name}.yaml" for name in ("inference", "evaluate", "train"))
@@ -204,11 +205,32 @@ def test_folder_overlay_with_the_paths_set(tmp_path: Path, small_weights: Path) 
     assert Image.open(tmp_path / "out" / "a.png").size == (75, 52)
 
 
-def test_the_published_source_network_takes_the_place_of_the_unet(tmp_path: Path, demo_sites: Path) -> None:
+FUNDUS = "network_def: {_target_: mgipt_monai.networks.ResUNet, backbone: resnet34}\n"
+POLYP = r"""
+network_def: {_target_: mgipt_monai.networks.PraNet}
+method#aligned_layers: '^resnet\.'
+class_names: [polyp]
+mask_values: [255]
+intensity:  # ImageNet's mean and standard deviation
+  _target_: Compose
+  transforms:
+    - {_target_: ScaleIntensityRanged, keys: image, a_min: 0, a_max: 255, b_min: 0, b_max: 1}
+    - _target_: NormalizeIntensityd
+      keys: image
+      subtrahend: [0.485, 0.456, 0.406]
+      divisor: [0.229, 0.224, 0.225]
+      channel_wise: true
+"""
+
+
+@pytest.mark.parametrize(("network", "settings"), [(ResUNet, FUNDUS), (PraNet, POLYP)], ids=["fundus", "polyp"])
+def test_the_published_source_network_takes_the_place_of_the_unet(
+    network: type[nn.Module], settings: str, tmp_path: Path, demo_sites: Path
+) -> None:
     torch.manual_seed(0)
-    torch.save(ResUNet("resnet34").state_dict(), tmp_path / "w.pt")
-    overlay = tmp_path / "resunet.yaml"
-    overlay.write_text("network_def: {_target_: mgipt_monai.networks.ResUNet, backbone: resnet34}\n")
+    torch.save(network().state_dict(), tmp_path / "w.pt")
+    overlay = tmp_path / "network.yaml"
+    overlay.write_text(settings)
     run_bundle(
         [INFERENCE, overlay],
         dataset_dir=demo_sites,
