@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write a published data set in the layout that the rest of the project reads."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mgipt_monai.data.datalists import write_datalist
+from mgipt_monai.data.streams import IMAGES, MASKS
+from mgipt_monai.state_file import atomic_path
+
+from .cropping import disc_window, resize
+from .layout import Layout, Sample
+
+__all__ = ["convert"]
+
+
+def convert(
+    layout: Layout,
+    folder: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    crop: int | None = None,
+    size: int | None = None,
+    site: str | None = None,
+) -> dict[str, int]:
+    """Write ``<site>/images/<name>.png`` and ``<site>/masks/<name>.png``, which ``find_stream(output_dir)`` reads.
+
+    Masks hold class indices: 0 background, 1 disc rim, 2 cup, or 0 and 1 for polyps. ``<site>.json`` is the site's
+    datalist; where the owner divides the site, there is ``<site>_<part>.json`` for each part instead. Lists are sorted
+    by name, or in the order of the CSV list that they come from. Images are taken one at a time; the same folder gives
+    the same bytes.
+
+    Args:
+        layout: one of :data:`mgipt_monai.data.published.LAYOUTS`.
+        folder: the data set as its owner distributes it, unpacked.
+        output_dir: where to write; data sets may share it.
+        crop: side in pixels of a square round the optic disc; None takes the whole image.
+        size: side in pixels that image and mask are resized to; None leaves them as they are.
+        site: name for the site, where the layout gives one; None takes the layout's.
+
+    Returns:
+        The number of images of each site.
+
+    Raises:
+        FileNotFoundError: naming what is missing in the folder, and what the layout expects.
+        ValueError: for wrong arguments, an output folder with other images, or a file that is not as published.
+    """
+    for option, value in (("crop", crop), ("size", size)):
+        if value is not None and value < 1:
+            raise ValueError(f"{option} must be at least 1 pixel, got {value}")
+    if crop and not layout.has_disc:
+        raise ValueError(f"crop is for optic discs, layout {layout.name} has none: leave it out")
+    out = Path(output_dir)
+    if out.resolve().is_relative_to(Path(folder).resolve()):
+        raise ValueError(f"{out} lies in {folder}, where it would be read as part of the data set: choose another")
+    samples = _rename(layout.samples(Path(folder)), site)
+    counts = Counter(sorted(sample.site for sample in samples))
+    for of_site in counts:
+        there = {path.name for path in (out / of_site / IMAGES).glob("*")}
+        if others := there - {f"{sample.name}.png" for sample in samples if sample.site == of_site}:
+            raise ValueError(f"{out / of_site} has other images ({min(others)}): choose another output_dir or site")
+    for sample in samples:
+        _write(layout, sample, out / sample.site, crop, size)
+    for part in dict.fromkeys(_part(sample) for sample in samples):
+        write_datalist([_item(sample, out) for sample in samples if _part(sample) == part], out / f"{part}.json")
+    return dict(counts)
+
+
+def _rename(samples: Sequence[Sample], site: str | None) -> list[Sample]:
+    if site is None:
+        return list(samples)
+    sites = sorted({sample.site for sample in samples})
+    if len(sites) > 1:
+        raise ValueError(f"site {site} cannot name the {len(sites)} sites {', '.join(sites)}: leave it out")
+    return [replace(sample, site=site) for sample in samples]
+
+
+def _write(layout: Layout, sample: Sample, folder: Path, crop: int | None, size: int | None) -> None:
+    image, mask = layout.read(sample)
+    if crop:
+        try:
+            window = disc_window(mask, crop)
+        except ValueError as error:
+            raise ValueError(f"{sample.image}: {error}") from error
+        image, mask = image[window], mask[window]
+    if size:
+        image, mask = resize(image, mask, size)
+    for kind, pixels in ((IMAGES, image), (MASKS, mask)):
+        with atomic_path(folder / kind / f"{sample.name}.png") as part:
+            Image.fromarray(np.ascontiguousarray(pixels)).save(part)
+
+
+def _part(sample: Sample) -> str:
+    return f"{sample.site}_{sample.split}" if sample.split else sample.site
+
+
+def _item(sample: Sample, out: Path) -> dict[str, str]:
+    file = f"{sample.name}.png"
+    paths = {"image": str(out / sample.site / IMAGES / file), "label": str(out / sample.site / MASKS / file)}
+    return paths | {"site": sample.site, "name": os.path.join(sample.site, sample.name)}

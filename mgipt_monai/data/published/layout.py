@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is known of a published data set: how its folder looks, how its masks are coded, how many images it has."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .mask_files import open_mask
+
+__all__ = ["Layout", "Sample"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set.
+
+    Args:
+        site: the site that it belongs to.
+        name: its name within the site, without an ending.
+        image: its file.
+        masks: the files of its mask, in the order that the layout decodes them.
+        split: the part of the site that the owner counts it to, such as ``train``; empty where there are no parts.
+    """
+
+    site: str
+    name: str
+    image: Path
+    masks: tuple[Path, ...]
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One published data set.
+
+    Args:
+        name: the layout's name on the command line.
+        expected: the folder that is expected, in words.
+        counts: per site the published number of images; sites that are not in it are not counted.
+        find: gives a folder's samples, or raises ``FileNotFoundError`` with what is missing.
+        decode: turns the opened files of a mask into class indices, uint8 (H, W).
+        has_disc: whether the masks are of optic disc and cup (0 background, 1 disc rim, 2 cup).
+        stereo: whether an image is two views side by side, the left one with a mask.
+    """
+
+    name: str
+    expected: str
+    counts: Mapping[str, int]
+    find: Callable[[Path], Sequence[Sample]]
+    decode: Callable[..., np.ndarray]
+    has_disc: bool = True
+    stereo: bool = False
+
+    def samples(self, folder: Path) -> list[Sample]:
+        """Return the folder's samples; a count that differs from the published one is logged as a warning.
+
+        Raises:
+            FileNotFoundError: naming what is missing and the expected folder.
+            ValueError: if two files would get one name.
+        """
+        try:
+            if not folder.is_dir():
+                raise FileNotFoundError(f"there is no folder {folder}")
+            found = list(self.find(folder))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}. Layout {self.name} expects {self.expected}") from error
+        first: dict[tuple[str, str], Sample] = {}
+        for sample in found:
+            other = first.setdefault((sample.site, sample.name), sample)
+            if other is not sample:
+                raise ValueError(f"{other.image} and {sample.image} would both be {sample.site}/{sample.name}")
+        here = Counter(sample.site for sample in found)
+        for site, published in self.counts.items():
+            if here[site] != published:
+                logger.warning("%s: %d images in %s, %d are published", site, here[site], folder, published)
+        return found
+
+    def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image, uint8 (H, W, 3), and its mask of class indices, uint8 (H, W).
+
+        Raises:
+            ValueError: naming the file, if one cannot be read, image and mask differ in size, the coding is not the
+                data set's, or there is no disc where each mask has one.
+        """
+        try:
+            with Image.open(sample.image) as file:
+                image = np.asarray(file.convert("RGB"))
+            mask = self.decode(*map(open_mask, sample.masks))
+            if self.stereo:
+                height, width = image.shape[:2]
+                if width <= height:
+                    raise ValueError(f"{width} x {height} pixels are not two views side by side")
+                image, mask = image[:, : width // 2], mask[:, : width // 2]
+            if mask.shape != image.shape[:2]:
+                raise ValueError(f"the mask has {mask.shape} rows and columns, the image {image.shape[:2]}")
+            if self.has_disc and not mask.any():
+                raise ValueError("the mask has no optic disc")
+        except (OSError, ValueError) as error:
+            masks = ", ".join(path.name for path in sample.masks)
+            raise ValueError(f"{sample.image} with mask {masks}: {error}") from error
+        return image, mask

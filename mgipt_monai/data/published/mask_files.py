@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How published masks are coded in their files, and how they become class indices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from monai.utils import optional_import
+from PIL import Image
+
+__all__ = ["disc_and_cup", "grey_disc_and_cup", "open_mask", "two_masks"]
+
+scipy_io, _ = optional_import("scipy.io", descriptor="{}: pip install mgipt_monai[published]")
+
+
+def open_mask(path: Path) -> Image.Image:
+    """Open an image file, or the variable ``mask`` of a MATLAB file (needs scipy)."""
+    if path.suffix.lower() != ".mat":
+        with Image.open(path) as file:
+            file.load()
+        return file
+    content = scipy_io.loadmat(path)
+    if "mask" not in content:
+        raise ValueError(f"{path.name} has no variable mask")
+    return Image.fromarray(content["mask"].astype(np.uint8))
+
+
+def disc_and_cup(disc: np.ndarray, cup: np.ndarray) -> np.ndarray:
+    """Join disc and cup, boolean (H, W), to 0 background, 1 disc rim, 2 cup. A cup ends where its disc ends.
+
+    Example:
+        >>> disc_and_cup(np.array([[True, True, False]]), np.array([[False, True, True]]))
+        array([[1, 2, 0]], dtype=uint8)
+    """
+    return disc.astype(np.uint8) + (disc & cup)
+
+
+def two_masks(disc: Image.Image, cup: Image.Image) -> np.ndarray:
+    """Decode a file of the disc and one of the cup, in which all but black belongs to the structure.
+
+    Raises:
+        ValueError: if they differ in size.
+    """
+    if disc.size != cup.size:
+        raise ValueError(f"the disc's mask has {disc.size} columns and rows, the cup's {cup.size}")
+    return disc_and_cup(*(np.asarray(mask.convert("L")) > 0 for mask in (disc, cup)))
+
+
+def grey_disc_and_cup(mask: Image.Image) -> np.ndarray:
+    """Decode one file in which 0 is cup, 255 background, and all between disc rim.
+
+    Example:
+        >>> grey_disc_and_cup(Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint8)))
+        array([[2, 1, 0]], dtype=uint8)
+    """
+    grey = np.asarray(mask.convert("L"))
+    return disc_and_cup(grey < 255, grey == 0)
