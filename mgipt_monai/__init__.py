@@ -16,7 +16,7 @@ from .records import RecordFile
 from .state_file import load_state, save_state
 from .stream_file import StreamFile
 from .summary import StreamSummary
-from .weights import load_source_weights
+from .weights import load_encoder_weights, load_source_weights
 
 __version__ = "0.1.0"
 
@@ -45,6 +45,7 @@ __all__ = [
     "data",
     "find_stream",
     "handlers",
+    "load_encoder_weights",
     "load_source_weights",
     "load_state",
     "measure_source_statistics",

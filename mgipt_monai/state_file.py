@@ -39,15 +39,15 @@ def save_state(state: dict[str, Any], path: str | os.PathLike) -> None:
         os.fsync(file.fileno())
 
 
-def load_state(path: str | os.PathLike) -> dict[str, Any]:
-    """Read a state that :func:`save_state` wrote; no code in it is ever run.
+def load_state(path: str | os.PathLike, what: str = "adaptation state") -> dict[str, Any]:
+    """Read a state that :func:`save_state` wrote, called ``what`` in messages; no code in it is ever run.
 
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is not a readable state, naming the file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no adaptation state at {path}")
+        raise FileNotFoundError(f"there is no {what} at {path}")
     try:
         # torch does not look at the check sums that it writes, and would take a flipped bit for a number
         with zipfile.ZipFile(path) as archive:
@@ -55,7 +55,7 @@ def load_state(path: str | os.PathLike) -> dict[str, Any]:
                 raise ValueError(f"{broken} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable adaptation state ({error}): remove it to start anew") from error
+        raise ValueError(f"{path} is not a readable {what} ({error}): remove it to start anew") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, not an adaptation state: remove it to start anew")
+        raise ValueError(f"{path} holds a {type(state).__name__}, not the {what}: remove it to start anew")
     return state

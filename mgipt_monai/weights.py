@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a source network's weights, and say what is wrong where they do not fit."""
+"""Load the weights of a source network, or of its encoder, and say what is wrong where they do not fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-__all__ = ["load_source_weights"]
+__all__ = ["load_encoder_weights", "load_source_weights"]
 
 
 def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
@@ -27,6 +27,36 @@ def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}: set ckpt_path to the source network's weights")
+    state = _read(path)
+    own = network.state_dict()
+    if not any(key in own for key in state) and all(str(key).startswith("module.") for key in state):
+        consume_prefix_in_state_dict_if_present(state, "module.")
+    _check(state, own, path, type(network).__name__, "set network_def to the network that it was trained as")
+    network.load_state_dict(state)
+
+
+def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike) -> None:
+    """Load the weights of a classifier, trained on ImageNet for example, into a network's encoder before its training.
+
+    Every key of the encoder must be there but the counts of batches, which older files lack.
+
+    Args:
+        encoder: such as ``ResUNet().res`` or ``PraNet().resnet``.
+        path: as for :func:`load_source_weights`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it cannot be read or does not fit, naming the file and the keys that differ.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file at {path}: set encoder_path to the encoder's weights, or to null")
+    own = encoder.state_dict()
+    state = {**{key: value for key, value in own.items() if key.endswith("num_batches_tracked")}, **_read(path)}
+    _check(state, own, path, type(encoder).__name__, "set encoder_path to weights of this encoder, or to null")
+    encoder.load_state_dict(state)
+
+
+def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -36,9 +66,12 @@ def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
             state = state[key]
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
-    own = network.state_dict()
-    if not any(key in own for key in state) and all(str(key).startswith("module.") for key in state):
-        consume_prefix_in_state_dict_if_present(state, "module.")
+    return state
+
+
+def _check(
+    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: str | os.PathLike, name: str, fix: str
+) -> None:
     problems = [
         f"{what}: {_some(keys)}"
         for what, keys in (
@@ -49,11 +82,7 @@ def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
         if keys
     ]
     if problems:
-        raise ValueError(
-            f"the checkpoint {path} does not fit the network {type(network).__name__} ({'; '.join(problems)}): "
-            "set network_def to the network that it was trained as"
-        )
-    network.load_state_dict(state)
+        raise ValueError(f"the checkpoint {path} does not fit the network {name} ({'; '.join(problems)}): {fix}")
 
 
 def _some(keys: list[str], most: int = 4) -> str:

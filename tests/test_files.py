@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from mgipt_monai import RecordFile, StreamSummary, load_source_weights, load_state, save_state
+from mgipt_monai import (
+    RecordFile,
+    StreamSummary,
+    load_encoder_weights,
+    load_source_weights,
+    load_state,
+    save_state,
+)
 from mgipt_monai.records import in_words
 from mgipt_monai.state_file import atomic_path
 from tests.conftest import identical, snapshot, tiny_network
@@ -159,3 +166,18 @@ def test_checkpoint_that_is_absent_or_unreadable_is_named(tmp_path: Path) -> Non
     torch.save([1, 2], tmp_path / "w.pt")
     with pytest.raises(ValueError, match="holds a list"):
         load_source_weights(tiny_network(), tmp_path / "w.pt")
+
+
+def test_encoder_weights_of_before_batches_were_counted_load_and_others_are_named(tmp_path: Path) -> None:
+    state = {k: v for k, v in tiny_network(seed=4).state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "e.pt")
+    encoder = tiny_network(seed=5)
+    load_encoder_weights(encoder, tmp_path / "e.pt")
+    assert identical(snapshot(encoder), snapshot(tiny_network(seed=4)))
+    torch.save({"fc.weight": torch.zeros(1), **state}, tmp_path / "e.pt")
+    with pytest.raises(
+        ValueError, match=r"e\.pt does not fit.*unknown: fc\.weight.*set encoder_path to weights of this"
+    ):
+        load_encoder_weights(encoder, tmp_path / "e.pt")
+    with pytest.raises(FileNotFoundError, match=r"no file at .*none\.pt: set encoder_path"):
+        load_encoder_weights(encoder, tmp_path / "none.pt")

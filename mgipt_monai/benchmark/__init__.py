@@ -5,5 +5,6 @@ from __future__ import annotations
 
 from .benchmark import Benchmark
 from .results import summarise
+from .variants import overlaid_method
 
-__all__ = ["Benchmark", "summarise"]
+__all__ = ["Benchmark", "overlaid_method", "summarise"]

@@ -6,6 +6,13 @@ from __future__ import annotations
 from .adaptation import TestTimeAdaptationHandler
 from .average_prompts import AveragePromptsHandler
 from .peak_memory import PeakMemoryHandler
+from .resumable_training import ResumableTrainingHandler
 from .source_statistics import SourceStatisticsHandler
 
-__all__ = ["AveragePromptsHandler", "PeakMemoryHandler", "SourceStatisticsHandler", "TestTimeAdaptationHandler"]
+__all__ = [
+    "AveragePromptsHandler",
+    "PeakMemoryHandler",
+    "ResumableTrainingHandler",
+    "SourceStatisticsHandler",
+    "TestTimeAdaptationHandler",
+]

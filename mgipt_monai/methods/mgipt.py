@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.early_stop import Head, check_head, consistency_score
-from mgipt_monai.networks.ensemble import ConfidenceEnsemble
+from mgipt_monai.networks.ensemble import ConfidenceEnsemble, MeanEnsemble
 from mgipt_monai.networks.global_prompts import GlobalPrompts
 from mgipt_monai.networks.guard import Guard
 from mgipt_monai.networks.instance_prompt import InstancePrompt
@@ -83,7 +83,7 @@ class MGIPT(GuardedMethod):
         network: nn.Module,
         instance_prompt: InstancePrompt | None = None,
         global_prompts: GlobalPrompts | None = None,
-        ensemble: ConfidenceEnsemble | None = None,
+        ensemble: ConfidenceEnsemble | MeanEnsemble | None = None,
         jitter: Callable[[Tensor], Tensor] | None = None,
         *,
         statistics: SourceStatistics | str | os.PathLike | None = None,

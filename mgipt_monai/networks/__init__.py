@@ -9,7 +9,7 @@ from .blended_norms import BlendedNorms
 from .calibration import calibrate, instance_statistics, normalize
 from .disagreement import disagreement
 from .early_stop import consistency_score, got_worse
-from .ensemble import ConfidenceEnsemble
+from .ensemble import ConfidenceEnsemble, MeanEnsemble
 from .frequency_prompt import FrequencyPrompt, LowFrequencies
 from .global_prompts import GlobalPrompts
 from .guard import Guard, Verdict
@@ -32,6 +32,7 @@ __all__ = [
     "InstanceTuning",
     "LayerStatistics",
     "LowFrequencies",
+    "MeanEnsemble",
     "PhotometricJitter",
     "PraNet",
     "ResUNet",

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ConfidenceEnsemble"]
+__all__ = ["ConfidenceEnsemble", "MeanEnsemble"]
 
 
 class ConfidenceEnsemble(nn.Module):
@@ -70,3 +70,16 @@ class ConfidenceEnsemble(nn.Module):
         if logits.shape[1] > 1 or self.one_channel == "constant":
             return logits.softmax(dim=1).amax(dim=1, keepdim=True)
         return torch.sigmoid(logits.abs())
+
+
+class MeanEnsemble(nn.Module):
+    """Plain mean of the logits of several prompted views: what the confidence weights are held against.
+
+    Example:
+        >>> MeanEnsemble()(torch.tensor([1.0, 2.0, 6.0]).view(3, 1, 1, 1)).item()
+        3.0
+    """
+
+    def forward(self, logits: Tensor, has_instance: bool = True) -> Tensor:
+        """Fuse logits (N, K, \\*spatial) into (1, K, \\*spatial); the instance prompt's count as any others."""
+        return logits.mean(dim=0, keepdim=True)

@@ -18,7 +18,7 @@ from mgipt_monai.benchmark.results import summarise
 from mgipt_monai.records import RecordFile
 from mgipt_monai.summary import ALL
 
-__all__ = ["load_results", "markdown"]
+__all__ = ["load_results", "markdown", "markdown_table"]
 
 
 def load_results(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def markdown(results: dict[str, Any], metric: str = "dsc") -> str:
         overall.append(_overall(name, method, figures, metric, scale, results))
     order = {site: i for i, site in enumerate([*results["stream"]["sites"], ALL])}
     sites.sort(key=lambda row: order[row["site"]])
-    return "\n\n".join(_table(rows) for rows in (sites, overall))
+    return "\n\n".join(markdown_table(rows) for rows in (sites, overall))
 
 
 def _overall(
@@ -79,7 +79,8 @@ def _bounds(interval: Sequence[float] | None, scale: float, sign: str = "") -> s
     return "" if interval is None else " [" + ", ".join(f"{scale * bound:{sign}.2f}" for bound in interval) + "]"
 
 
-def _table(rows: Sequence[dict[str, Any]]) -> str:
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows, each from column to text, as one table; a column that a row lacks is empty there."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -205,35 +205,16 @@ def test_folder_overlay_with_the_paths_set(tmp_path: Path, small_weights: Path) 
     assert Image.open(tmp_path / "out" / "a.png").size == (75, 52)
 
 
-FUNDUS = "network_def: {_target_: mgipt_monai.networks.ResUNet, backbone: resnet34}\n"
-POLYP = r"""
-network_def: {_target_: mgipt_monai.networks.PraNet}
-method#aligned_layers: '^resnet\.'
-class_names: [polyp]
-mask_values: [255]
-intensity:  # ImageNet's mean and standard deviation
-  _target_: Compose
-  transforms:
-    - {_target_: ScaleIntensityRanged, keys: image, a_min: 0, a_max: 255, b_min: 0, b_max: 1}
-    - _target_: NormalizeIntensityd
-      keys: image
-      subtrahend: [0.485, 0.456, 0.406]
-      divisor: [0.229, 0.224, 0.225]
-      channel_wise: true
-"""
-
-
-@pytest.mark.parametrize(("network", "settings"), [(ResUNet, FUNDUS), (PraNet, POLYP)], ids=["fundus", "polyp"])
+@pytest.mark.parametrize(("network", "protocol"), [(ResUNet, "odoc"), (PraNet, "polyp")])
 def test_the_published_source_network_takes_the_place_of_the_unet(
-    network: type[nn.Module], settings: str, tmp_path: Path, demo_sites: Path
+    network: type[nn.Module], protocol: str, tmp_path: Path, demo_sites: Path
 ) -> None:
     torch.manual_seed(0)
     torch.save(network().state_dict(), tmp_path / "w.pt")
-    overlay = tmp_path / "network.yaml"
-    overlay.write_text(settings)
     run_bundle(
-        [INFERENCE, overlay],
+        [INFERENCE, f"configs/protocols/{protocol}.yaml"],
         dataset_dir=demo_sites,
+        sites="['cold_noisy','warm_vignetted']",
         output_dir=tmp_path / "out",
         ckpt_path=tmp_path / "w.pt",
         limit=1,
@@ -248,7 +229,7 @@ def test_training_writes_weights_that_inference_takes(tmp_path: Path, demo_sites
         [INFERENCE, TRAIN], output_dir=tmp_path / "model", max_epochs=2, val_interval=1, batch_size=2, **settings
     )
     assert "val_mean_dice" in done.stdout
-    assert [path.name for path in (tmp_path / "model").iterdir()] == ["model.pt"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.pt", "training.pt"}
     run_bundle(
         [INFERENCE],
         output_dir=tmp_path / "out",

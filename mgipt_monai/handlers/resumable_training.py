@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training that can be interrupted: what it needs is written after each epoch, and each epoch has its own seed."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import Checkpoint
+from monai.data.utils import set_rnd
+
+from mgipt_monai.state_file import load_state, save_state
+
+__all__ = ["ResumableTrainingHandler"]
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainingHandler:
+    """Writes a training's state after each epoch, and lets it go on from there as if it had not stopped.
+
+    Before each epoch torch's random numbers and the transforms of the trainer's data set are seeded by (seed, epoch).
+    On a CPU an interrupted training that is resumed thus gives the weights of one that was not, bit for bit.
+
+    Attach it last, so that it writes what the epoch's other handlers (learning rate, validation) leave behind. The file
+    is replaced as a whole, so a training that is killed leaves a readable one.
+
+    Args:
+        path: the file, the size of the network and its optimiser's state.
+        states: name to object with ``state_dict`` and ``load_state_dict``: network, optimiser, scheduler. The trainer
+            itself is added.
+        resume: go on after the last epoch in ``path``; where there is no such file, start at the beginning.
+        seed: of all epochs.
+
+    Raises:
+        ValueError: when the training starts, if ``path`` cannot be read, or holds more epochs than the trainer's
+            ``max_epochs``.
+    """
+
+    def __init__(self, path: str | os.PathLike, states: Mapping[str, Any], resume: bool = False, seed: int = 0) -> None:
+        self.path, self.states, self.resume, self.seed = Path(path), dict(states), resume, seed
+
+    def attach(self, engine: Engine) -> None:
+        """Attach to a trainer."""
+        self.states["trainer"] = engine
+        engine.add_event_handler(Events.STARTED, self._start)
+        engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+
+    def _start(self, engine: Engine) -> None:
+        if not self.resume or not self.path.is_file():
+            return
+        wanted = engine.state.max_epochs
+        Checkpoint.load_objects(self.states, load_state(self.path, "training state"))
+        if engine.state.epoch > wanted:
+            raise ValueError(f"{self.path} holds {engine.state.epoch} epochs, more than max_epochs={wanted}: raise it")
+        engine.state.max_epochs = wanted  # a training may be resumed to become longer
+        logger.info("resuming the training after epoch %d of %d", engine.state.epoch, wanted)
+
+    def _seed(self, engine: Engine) -> None:
+        torch_seed, transform_seed = np.random.SeedSequence((self.seed, engine.state.epoch)).generate_state(2)
+        torch.manual_seed(int(torch_seed))
+        set_rnd(engine.data_loader.dataset, int(transform_seed))
+
+    def _save(self) -> None:
+        save_state({name: state.state_dict() for name, state in self.states.items()}, self.path)
