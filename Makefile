@@ -7,7 +7,7 @@ LABEL_VENV ?= .venv-label
 LABEL_RUN = PYTHONPATH=label $(LABEL_VENV)/bin/python -W ignore
 LABEL_APP = build/label/monaibundle
 
-.PHONY: demo benchmark label label-test test lint format clean
+.PHONY: demo benchmark bench label label-test test lint format clean
 
 # three cameras the source network has never seen, without and with adaptation: table and picture
 demo: $(VENV)/.installed
@@ -20,6 +20,11 @@ benchmark: $(VENV)/.installed
 	$(RUN) -m monai.bundle run --config_file "['bundle/configs/inference.yaml','bundle/configs/evaluate.yaml',\
 	'bundle/configs/benchmark.yaml']" --bundle_root bundle --dataset_dir build/benchmark_sites --rounds 2 \
 	  --output_dir build/benchmark
+
+# seconds and memory per image, as published and as here, on a small network; all of them, in up to an hour:
+# make bench BENCH="--networks resunet34,unet,unet3d --repeats 2"
+bench: $(VENV)/.installed
+	$(RUN) benchmarks/speed.py $(BENCH)
 
 # a MONAI Label server with the bundle and photographs of one camera: http://127.0.0.1:8000 (Python 3.11, about 3 GB)
 label: $(LABEL_VENV)/.installed

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from .aligned_layer import alignment_loss
 from .alignment import AlignedNorms
 from .blended_norms import BlendedNorms
-from .calibration import calibrate, instance_statistics, normalize
+from .calibration import calibrate
 from .disagreement import disagreement
 from .early_stop import consistency_score, got_worse
 from .ensemble import ConfidenceEnsemble, MeanEnsemble
 from .frequency_prompt import FrequencyPrompt, LowFrequencies
+from .fused_normalization import alignment_loss, instance_statistics
 from .global_prompts import GlobalPrompts
 from .guard import Guard, Verdict
 from .instance_prompt import InstancePrompt, InstanceTuning
@@ -47,5 +47,4 @@ __all__ = [
     "got_worse",
     "instance_statistics",
     "measure_source_statistics",
-    "normalize",
 ]

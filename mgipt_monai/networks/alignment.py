@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from .aligned_layer import AlignedLayer
 from .calibration import Normalization, check_normalization
-from .norm_layers import find_listed_layers, find_norm_layers
+from .forward_end import ForwardEnd
+from .frozen_prelu import FrozenPReLU
+from .memory_layout import ChannelsLast
+from .norm_layers import find_listed_layers, find_norm_layers, has_stored_statistics
 from .source_statistics import SourceStatistics
-from .windows import ForwardRoute, Windows
+from .windows import ForwardRoute, Windows, parts
 
 __all__ = ["AlignedNorms"]
 
@@ -76,6 +79,8 @@ class AlignedNorms:
         self.normalization: Normalization = "source"
         self.losses: list[Tensor] | None = None
         self.forwards = 0
+        self.end = ForwardEnd()
+        self._layout = ChannelsLast()
         self._covered: list[tuple[nn.Module, Any]] | None = None
         self._ready_on: torch.device | None = None
 
@@ -83,9 +88,11 @@ class AlignedNorms:
         """Put the aligned forward over the chosen layers (once). They act as before until a normalisation is chosen."""
         if self._covered is not None:
             return
-        self._covered = [(layer, layer.__dict__.get("forward")) for layer in self.layers.values()]
-        for name, layer in self.layers.items():
-            layer.forward = self.layer_forward(self, name).forward
+        forwards = {layer: self.layer_forward(self, name).forward for name, layer in self.layers.items()}
+        forwards |= {layer: FrozenPReLU(layer).forward for layer in self.network.modules() if FrozenPReLU.fits(layer)}
+        self._covered = [(layer, layer.__dict__.get("forward")) for layer in forwards]
+        for layer, forward in forwards.items():
+            layer.forward = forward
 
     def detach(self) -> None:
         """Give the layers the forward back that they had; without effect where nothing is attached."""
@@ -125,22 +132,34 @@ class AlignedNorms:
     def start(self, image: Tensor) -> None:
         """Begin with an image (1, C, \\*spatial): count its forwards, and choose where its loss is measured."""
         self.forwards = 0
+        # the order of the layers is looked at once per image
+        self.end = ForwardEnd()
         self.windows = Windows(self.route, image)
 
     def _run(self, images: Tensor) -> Tensor:
         self.images = len(images)
         self.forwards += len(images)
+        # where nothing is normalised otherwise, predictions are the network's own to the last bit
+        if self.normalization == "source" or not any(map(has_stored_statistics, self.layers.values())):
+            return self._forward(images)
+        return self._layout.run(self._forward, images)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """Run the network; a forward that is repeated begins anew."""
+        if self.end.begin():
+            self.losses = []
         return self.network(images)
 
     def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network, one forward per image or window: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
         with self._using(images, normalization, None):
-            return self.route.inferer(images, self._run)
+            return torch.cat([self.route.inferer(part, self._run) for part in parts(images)])
 
     def predict_windows(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network where the loss is measured alone: logits of the windows side by side (B, K, ...)."""
         with self._using(images, normalization, None):
-            return self._run(images) if self.windows is None else self.windows.predict(images, self._run)
+            windows = Windows(ForwardRoute(), images) if self.windows is None else self.windows
+            return torch.cat([windows.predict(part, self._run) for part in parts(images)])
 
     def predict_and_measure(self, image: Tensor, normalization: Normalization = "source") -> tuple[Tensor, float]:
         """Predict one image (1, C, \\*spatial), and measure its alignment loss on the way, over all that is run.
@@ -166,11 +185,12 @@ class AlignedNorms:
             One loss per image (B,), differentiable with respect to the images.
         """
         with self._using(images, normalization, []):
-            return self._measured(images) if self.windows is None else self.windows.loss(images, self._measured)
+            windows = Windows(ForwardRoute(), images) if self.windows is None else self.windows
+            return windows.loss(images, self._measured)
 
     def _measured(self, images: Tensor) -> Tensor:
-        self.losses = []
-        self._run(images)
+        with self.end.forward():
+            self._run(images)
         return torch.stack(self._measurements()).mean(dim=0)
 
     def _measurements(self) -> list[Tensor]:

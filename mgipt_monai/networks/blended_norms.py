@@ -22,10 +22,8 @@ class _BlendedLayer(AlignedLayer):
         target_mean, target_variance = calibrate(mean.detach(), std.detach(), *source, self.norms.source_weight)
         return target_mean, target_variance.sqrt()
 
-    def blend(self, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        if self.norms.normalization == "calibrated":
-            mean, std = mean.detach(), std.detach()
-        return super().blend(mean, std)
+    def share(self) -> float:
+        return 0.0 if self.norms.normalization == "calibrated" else super().share()
 
 
 class BlendedNorms(AlignedNorms):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mgipt_monai.file_names import file_names
 from mgipt_monai.fingerprint import fingerprint
 
-from .calibration import instance_statistics
+from .fused_normalization import instance_statistics
 from .layer_features import layer_features
 from .norm_layers import find_measurable_layers
 from .source_statistics import LayerStatistics, SourceStatistics

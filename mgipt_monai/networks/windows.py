@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,18 @@ from monai.utils import PytorchPadMode, fall_back_tuple
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ForwardRoute", "Windows"]
+__all__ = ["ForwardRoute", "Windows", "parts"]
+
+SMALL = {1: 2**16, 2: 2**16, 3: 2**18}
+"""Most voxels, by number of spatial axes, of images that go through the network together. Larger ones one by one: they
+keep a processor busy alone, and memory holds one image's features. It follows from the shape alone, so that an image
+gives the same bits whatever came before it."""
+
+
+def parts(images: Tensor) -> tuple[Tensor, ...]:
+    """Split images (B, C, \\*spatial) into those that go through the network together: all if small, else each."""
+    small = math.prod(images.shape[2:]) <= SMALL.get(images.ndim - 2, 0)
+    return images.split(max(len(images), 1) if small else 1)
 
 
 @dataclass
@@ -87,16 +99,21 @@ class Windows:
     def loss(self, images: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the mean over the windows of each image's loss, differentiable with respect to the images.
 
-        Only one window at a time is in memory: the gradient is computed window by window, along with the loss.
+        Only one window at a time is in memory, of one image unless they are small: the gradient is computed piece by
+        piece, along with the loss.
 
         Args:
             images: prompted images (B, C, \\*spatial).
             loss: windows (B, C, \\*window) to their losses (B,).
         """
         images = self._pad(images)
-        if len(self.slices) > 1:
-            return _WindowLoss.apply(images, lambda window: loss(self._cut(window, ...)), self.slices)
-        return loss(self._cut(images, self.slices[0] if self.slices else ...))
+        places = [place[1:] for place in self.slices] or [()]
+        together = len(parts(images[(slice(None), *places[0])])[0])
+        samples = [slice(i, i + together) for i in range(0, len(images), together)]
+        pieces = [(sample, *place) for sample in samples for place in places]
+        if len(pieces) > 1:
+            return _PiecewiseLoss.apply(images, lambda piece: loss(self._cut(piece, ...)), pieces, self.count)
+        return loss(self._cut(images, pieces[0]))
 
     def predict(self, images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the network's outputs (B, K, ...) in the windows, side by side along the first spatial axis."""
@@ -118,23 +135,23 @@ class Windows:
         return window if self.squeezed is None else window.squeeze(self.squeezed)
 
 
-class _WindowLoss(torch.autograd.Function):
-    """The mean loss over windows; the gradient is gathered in the forward, so that no two windows' graphs are held."""
+class _PiecewiseLoss(torch.autograd.Function):
+    """The mean loss over windows; the gradient is gathered in the forward, so that no two pieces' graphs are held."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, loss: Callable[[Tensor], Tensor], places: Sequence[Any]) -> Tensor:
+    def forward(ctx: Any, images: Tensor, loss: Callable, pieces: Sequence[tuple[slice, ...]], windows: int) -> Tensor:
         total, gradient = images.new_zeros(len(images)), torch.zeros_like(images)
-        for place in places:
+        for piece in pieces:
             with torch.enable_grad():
-                leaf = images[place].detach().requires_grad_()
+                leaf = images[piece].detach().requires_grad_()
                 value = loss(leaf)
                 (slope,) = torch.autograd.grad(value.sum(), leaf)
-            total += value.detach() / len(places)
-            gradient[place] += slope / len(places)
+            total[piece[0]] += value.detach() / windows
+            gradient[piece] += slope / windows
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.view(-1, *[1] * (gradient.ndim - 1)), None, None
+        return gradient * upstream.view(-1, *[1] * (gradient.ndim - 1)), None, None, None

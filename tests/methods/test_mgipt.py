@@ -207,7 +207,8 @@ def test_monai_unet_with_all_its_batch_norms_is_aligned() -> None:
 def test_cost_is_what_the_paper_states(images: list[torch.Tensor]) -> None:
     mgipt = MGIPT(tiny_network())
     calls = []
-    mgipt.network.register_forward_hook(lambda _module, inputs, _output: calls.append(len(inputs[0])))
+    # a hook before the forward, since those that are run for the loss alone end early
+    mgipt.network.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
     for image in images:
         calls.clear()
         mgipt(image)
@@ -314,7 +315,7 @@ def test_bad_image_is_an_error_that_leaves_the_state_bit_identical(spoil, messag
 def test_failure_in_the_middle_of_a_batch_undoes_the_whole_batch(mgipt: MGIPT) -> None:
     good = stream(1)[0]
     before = mgipt.adaptation_state()
-    mgipt.norms.network.register_forward_hook(_FailAfter(40))
+    mgipt.norms.network.register_forward_pre_hook(_FailAfter(40))
     with pytest.raises(RuntimeError, match="broken"):
         mgipt(torch.cat([good, good]))
     assert same_state(mgipt.adaptation_state(), before)

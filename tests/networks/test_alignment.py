@@ -35,9 +35,9 @@ class SmallNet(nn.Sequential):
         self.eval()
 
 
-class BrokenHead(nn.Module):
+class Broken(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError("broken head")
+        raise RuntimeError("broken layer")
 
 
 def make(dims: int = 2, affine: bool = True) -> tuple[SmallNet, Tensor]:
@@ -205,11 +205,11 @@ def test_nothing_stays_attached_after_an_error_inside_the_network(call: str) -> 
     network, images = make()
     norms, plain = AlignedNorms(network), network(images)
     expected = norms.loss(images)
-    head, network.head = network.head, BrokenHead()
-    with pytest.raises(RuntimeError, match="broken head"):
+    conv, network.decoder[0] = network.decoder[0], Broken()
+    with pytest.raises(RuntimeError, match="broken layer"):
         getattr(norms, call)(images, "instance")
     assert nothing_attached(network)
-    network.head = head
+    network.decoder[0] = conv
     assert torch.equal(network(images), plain)
     assert torch.equal(norms.loss(images), expected)
 

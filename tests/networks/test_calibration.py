@@ -3,22 +3,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
 
-from mgipt_monai.networks import calibrate, instance_statistics, normalize
+from mgipt_monai.networks import calibrate, instance_statistics
 from mgipt_monai.networks.calibration import check_normalization
 
 SPATIAL = [(9,), (6, 7), (3, 4, 5)]
-NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-
-
-def norm_layer(dims: int, channels: int = 3, affine: bool = True, eps: float = 1e-5) -> nn.Module:
-    layer = NORMS[dims](channels, affine=affine, eps=eps).eval()
-    if affine:
-        nn.init.uniform_(layer.weight, 0.5, 2.0)
-        nn.init.uniform_(layer.bias, -1.0, 1.0)
-    return layer
 
 
 @pytest.mark.parametrize("spatial", SPATIAL)
@@ -90,40 +79,6 @@ def test_calibration_worked_by_hand() -> None:
     )
     assert mean.item() == pytest.approx(9)  # .8 * 11 + .2 * 1
     assert variance.item() == pytest.approx(8)  # .8 * 9 + .2 * 4
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("spatial", SPATIAL)
-def test_normalising_with_the_biased_variance_is_instance_norm(spatial: tuple[int, ...], affine: bool) -> None:
-    torch.manual_seed(0)
-    layer = norm_layer(len(spatial), affine=affine)
-    x = torch.randn(2, 3, *spatial) * 3 + 1
-    mean, std = instance_statistics(x)
-    voxels = x[0, 0].numel()
-    biased = std.square() * (voxels - 1) / voxels
-    expected = functional.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=layer.eps)
-    torch.testing.assert_close(normalize(x, mean, biased, layer), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("spatial", SPATIAL)
-def test_each_sample_is_normalised_with_the_statistics_given_for_it(spatial: tuple[int, ...], affine: bool) -> None:
-    torch.manual_seed(0)
-    layer = norm_layer(len(spatial), affine=affine, eps=0.1)
-    x, mean, variance = torch.randn(2, 3, *spatial), torch.randn(2, 3), torch.rand(2, 3) + 0.1
-    expected = [
-        functional.batch_norm(x[i : i + 1], mean[i], variance[i], layer.weight, layer.bias, training=False, eps=0.1)
-        for i in range(2)
-    ]
-    torch.testing.assert_close(normalize(x, mean, variance, layer), torch.cat(expected), atol=1e-5, rtol=1e-5)
-
-
-def test_constant_channel_normalises_to_the_bias() -> None:
-    layer = norm_layer(2)
-    x = torch.full((1, 3, 4, 4), 5.0)
-    mean, std = instance_statistics(x)
-    expected = layer.bias.view(1, 3, 1, 1).expand(1, 3, 4, 4)
-    torch.testing.assert_close(normalize(x, mean, std.square(), layer), expected, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("value", ["released", "", "Instance"])
