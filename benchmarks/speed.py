@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
 
-from mgipt_monai import MGIPT, VPTTA
+from mgipt_monai import MGIPT, VPTTA, SiteCalibration
 from mgipt_monai.networks import ResUNet
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,6 +57,7 @@ NETWORKS = {
 METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "(a) as published": Yardstick,
     "(b) MGIPT": MGIPT,
+    "(c) steady": SiteCalibration,
     "(d) VPTTA": VPTTA,
     "(e) plain forward": lambda network: network.eval().requires_grad_(False),
 }

@@ -9,7 +9,18 @@ from .data import find_stream, order_stream
 from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import SourceStatisticsHandler, TestTimeAdaptationHandler
 from .inferers import AdaptiveInferer
-from .methods import MGIPT, SAR, VPTTA, AdaptationMethod, BatchNormAdaptation, CoTTA, GraTa, Source, Tent
+from .methods import (
+    MGIPT,
+    SAR,
+    VPTTA,
+    AdaptationMethod,
+    BatchNormAdaptation,
+    CoTTA,
+    GraTa,
+    SiteCalibration,
+    Source,
+    Tent,
+)
 from .networks import SourceStatistics, measure_source_statistics
 from .persistent_inferer import PersistentInferer
 from .records import RecordFile
@@ -33,6 +44,7 @@ __all__ = [
     "GraTa",
     "PersistentInferer",
     "RecordFile",
+    "SiteCalibration",
     "Source",
     "SourceStatistics",
     "SourceStatisticsHandler",

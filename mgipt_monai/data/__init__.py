@@ -7,6 +7,7 @@ from .adaptation_result import AdaptationResultd
 from .cameras import CAMERAS, Camera
 from .label_map import LabelMapd
 from .save_mask import SaveMaskd
+from .site_camera import SiteCamerad
 from .stream_dataset import StreamDataset
 from .stream_order import order_stream
 from .stream_share import share_stream
@@ -24,6 +25,7 @@ __all__ = [
     "LabelToChannelsd",
     "SaveMaskd",
     "SaveUncertaintyd",
+    "SiteCamerad",
     "StreamDataset",
     "find_stream",
     "order_stream",

@@ -9,8 +9,20 @@ from .cotta import CoTTA
 from .grata import GraTa
 from .mgipt import MGIPT
 from .sar import SAR
+from .site_calibration import SiteCalibration
 from .source import Source
 from .tent import Tent
 from .vptta import VPTTA
 
-__all__ = ["MGIPT", "SAR", "VPTTA", "AdaptationMethod", "BatchNormAdaptation", "CoTTA", "GraTa", "Source", "Tent"]
+__all__ = [
+    "MGIPT",
+    "SAR",
+    "VPTTA",
+    "AdaptationMethod",
+    "BatchNormAdaptation",
+    "CoTTA",
+    "GraTa",
+    "SiteCalibration",
+    "Source",
+    "Tent",
+]

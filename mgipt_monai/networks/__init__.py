@@ -19,6 +19,8 @@ from .measure_source import measure_source_statistics
 from .norm_layers import find_measurable_layers, find_norm_layers
 from .pranet import PraNet
 from .resunet import ResUNet
+from .site_norms import SiteNorms
+from .site_statistics import SiteStatistics
 from .source_statistics import LayerStatistics, SourceStatistics
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "PhotometricJitter",
     "PraNet",
     "ResUNet",
+    "SiteNorms",
+    "SiteStatistics",
     "SourceStatistics",
     "Verdict",
     "alignment_loss",

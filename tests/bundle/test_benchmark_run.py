@@ -11,6 +11,7 @@ import yaml
 
 from tests.bundle.conftest import QUICK, run_bundle
 
+METHODS = ["source", "bn", "tent", "sar", "cotta", "grata", "vptta", "steady", "released", "mgipt"]
 CONFIGS = [f"bundle/configs/{name}.yaml" for name in ("inference", "evaluate", "benchmark")]
 
 
@@ -18,11 +19,11 @@ def test_every_method_runs_over_the_stream(demo_sites: Path, tmp_path: Path) -> 
     done = run_bundle(CONFIGS, dataset_dir=demo_sites, output_dir=tmp_path, order="shuffled", limit=1, **QUICK)
     assert "report:" in done.stdout + done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["methods"]) == ["source", "bn", "tent", "sar", "cotta", "grata", "vptta", "released", "mgipt"]
+    assert list(results["methods"]) == METHODS
     assert results["settings"]["order"] == "shuffled"
     with (tmp_path / "images.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 9 * 2
+    assert len(rows) == 10 * 2
     assert all(row["status"] == "ok" and float(row["hd95_mean"]) >= 0 for row in rows)
     assert not list(tmp_path.glob("*/*/eye_*.png")), "no masks but the report's pictures are written"
 

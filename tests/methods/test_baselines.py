@@ -19,7 +19,17 @@ from monai.networks.nets import UNet
 from torch import nn
 
 import mgipt_monai
-from mgipt_monai import MGIPT, SAR, AdaptationMethod, BatchNormAdaptation, CoTTA, GraTa, Source, Tent
+from mgipt_monai import (
+    MGIPT,
+    SAR,
+    AdaptationMethod,
+    BatchNormAdaptation,
+    CoTTA,
+    GraTa,
+    SiteCalibration,
+    Source,
+    Tent,
+)
 from mgipt_monai.methods import grata
 from mgipt_monai.methods.prediction_losses import confidence, entropy, logits_of, probabilities
 from mgipt_monai.methods.sar import uphill
@@ -30,6 +40,7 @@ from mgipt_monai.networks import AlignedNorms
 from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
 ROOT = Path(__file__).parents[2]
+OVERLAYS = {"steady": ROOT / "configs/presets/steady.yaml"}
 AFFINE = {"1.weight", "1.bias", "4.weight", "4.bias"}
 
 
@@ -49,8 +60,9 @@ METHODS: dict[str, Callable[..., AdaptationMethod]] = {
     "sar": sar,
     "cotta": cotta,
     "grata": GraTa,
+    "steady": SiteCalibration,
 }
-TRAINED = [name for name in METHODS if name != "bn"]
+TRAINED = [name for name in METHODS if name not in ("bn", "steady")]
 AFFINE_ONLY = ["tent", "sar", "grata"]
 
 every = pytest.mark.parametrize("name", METHODS)
@@ -219,7 +231,7 @@ def test_forwards_are_counted_as_they_are(name: str, images: list[torch.Tensor])
     # the copies take the hook with them
     network.register_forward_hook(lambda _module, inputs, _output: calls.append(len(inputs[0])))
     method = build(name, network)
-    cost = {"bn": (1, 0), "tent": (1, 1), "sar": (2, 2), "cotta": (6, 1), "grata": (9, 2)}[name]
+    cost = {"bn": (1, 0), "tent": (1, 1), "sar": (2, 2), "cotta": (6, 1), "grata": (9, 2), "steady": (3, 0)}[name]
     for image in images[:2]:
         calls.clear()
         method(image)
@@ -255,7 +267,9 @@ def test_checkpoint_of_the_plain_network_counts_from_the_next_stream(name: str, 
 def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
     parser = ConfigParser()
     parser.read_config(str(ROOT / "bundle/configs/inference.yaml"))
-    for key, value in ConfigParser.load_config_file(str(ROOT / f"configs/methods/{name}.yaml")).items():
+    for key, value in ConfigParser.load_config_file(
+        str(OVERLAYS.get(name, ROOT / f"configs/methods/{name}.yaml"))
+    ).items():
         parser[key] = value
     parser["head"], parser["seed"] = "softmax", 7
     method = parser.get_parsed_content("method")
@@ -264,7 +278,7 @@ def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
     assert name == "bn" or {key: getattr(method, key) for key in expected} == expected
     # the numbers of the overlay are the defaults
     plain = type(method)(tiny_network())
-    for key in set(parser["method"]) - {"_target_", "network", "head", "seed", "jitter"}:
+    for key in set(parser["method"]) - {"_target_", "network", "head", "seed", "jitter", "site"}:
         value = getattr(method, key)
         assert (tuple(value) if isinstance(value, list) else value) == getattr(plain, key)
 
@@ -288,6 +302,9 @@ def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
         (CoTTA, {"scales": (1, 0)}, r"\(1, 0\)"),
         (CoTTA, {"seed": -3}, "-3"),
         (GraTa, {"lr": math.inf}, "inf"),
+        (SiteCalibration, {"trust": 0}, "trust .* got 0"),
+        (SiteCalibration, {"image_share": 1.5}, "image_share .* 1.5"),
+        (SiteCalibration, {"head": "relu"}, "'relu'"),
     ],
 )
 def test_wrong_settings_fail_at_construction_with_the_value(method: type, settings: dict, message: str) -> None:
@@ -296,7 +313,7 @@ def test_wrong_settings_fail_at_construction_with_the_value(method: type, settin
 
 
 def test_everything_is_exported() -> None:
-    assert {"SAR", "BatchNormAdaptation", "CoTTA", "GraTa", "Tent"} <= set(mgipt_monai.__all__)
+    assert {"SAR", "BatchNormAdaptation", "CoTTA", "GraTa", "SiteCalibration", "Tent"} <= set(mgipt_monai.__all__)
 
 
 # --- methods that change weights
