@@ -47,7 +47,7 @@ def write_poison(kind: str, folder: Path, index: int, size: int, organs: Sequenc
         nibabel.save(nibabel.Nifti1Image(np.full((size, size, 1, 3), np.nan, "float32"), np.eye(4)), path)
         return str(path)
     if kind == "organ" and organs:
-        picture = _picture(organs[index % len(organs)])
+        picture = _picture(organs[index % len(organs)]).resize((size, size))
     elif kind == "organ":
         slice_of_balls, _ = create_test_image_2d(
             size, size, rad_max=size // 5, random_state=np.random.RandomState(index)
