@@ -81,7 +81,7 @@ class SiteCalibration(AdaptationMethod):
         """Adapt to each image, then predict it, and keep where the predictions disagreed; see the base class."""
         self.uncertainty, self._maps = None, []
         logits = super().forward(image)
-        self.uncertainty = torch.cat(self._maps)
+        self.uncertainty, self._maps = torch.cat(self._maps), []
         return logits
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from .input_sides import check_sides
 from .res2net import Res2Net
 
 _WIDTH = 32  # channels of each receptive field block
@@ -149,11 +150,7 @@ class PraNet(nn.Module):
         Raises:
             ValueError: if `x` is not 4-D or a side is not a positive multiple of 32.
         """
-        if x.ndim != 4 or any(side == 0 or side % _STRIDE for side in x.shape[2:]):
-            raise ValueError(
-                f"input of shape {tuple(x.shape)}: expected (B, C, H, W) with H and W multiples of {_STRIDE}; "
-                "resize or pad the image, for example with monai.transforms.DivisiblePad(k=32)"
-            )
+        check_sides(x, _STRIDE)
         _, *levels = self.resnet(x)
         blocks = (self.rfb2_1, self.rfb3_1, self.rfb4_1)
         outputs = [self.agg1(*(block(features) for block, features in zip(blocks, levels, strict=True)))]

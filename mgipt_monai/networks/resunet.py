@@ -7,6 +7,8 @@ import torch
 from monai.networks.nets import ResNet
 from torch import nn
 
+from .input_sides import check_sides
+
 # per backbone: MONAI's name of the block, blocks per stage, channels of the four stages
 _BACKBONES: dict[str, tuple[str, list[int], list[int]]] = {
     "resnet34": ("basic", [3, 4, 6, 3], [64, 128, 256, 512]),
@@ -91,11 +93,7 @@ class ResUNet(nn.Module):
         Raises:
             ValueError: if `x` is not 4-D or a side is not a positive multiple of 32.
         """
-        if x.ndim != 4 or any(side == 0 or side % _STRIDE for side in x.shape[2:]):
-            raise ValueError(
-                f"input of shape {tuple(x.shape)}: expected (B, C, H, W) with H and W multiples of {_STRIDE}; "
-                "resize or pad the image, for example with monai.transforms.DivisiblePad(k=32)"
-            )
+        check_sides(x, _STRIDE)
         res = self.res
         stem = torch.relu(res.bn1(res.conv1(x)))
         stage1 = res.layer1(res.maxpool(stem))
