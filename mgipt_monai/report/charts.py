@@ -71,8 +71,8 @@ def gain_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> Ch
         style = styles[method]
         axes.plot(changes, heights, style.marker, color=style.color, markersize=4, alpha=0.55, markeredgewidth=0)
         against = folder.results["methods"][method]["against_baseline"]["dsc"]
-        low, high = (100 * bound for bound in against["interval"])
-        axes.plot([low, high], [row, row], color="black", linewidth=2.5, solid_capstyle="butt")
+        bounds = [100 * bound for bound in against["interval"] or ()]
+        axes.plot(bounds, [row] * len(bounds), color="black", linewidth=2.5, solid_capstyle="butt")
         axes.plot(100 * against["gain"], row, "d", color="white", markeredgecolor="black", markersize=8)
         shares.append(f"{percent(against['worse'], 0)} % worse by > 1\n{percent(against['better'], 0)} % better by > 1")
     beside = axes.secondary_yaxis("right")

@@ -28,13 +28,15 @@ def points(value: float) -> str:
     return f"{100 * value:+.2f}".replace("-", "−")
 
 
-def span(interval: tuple[float, float], write: Callable[[float], str] = percent) -> str:
-    """Write an interval.
+def span(interval: tuple[float, float] | None, write: Callable[[float], str] = percent) -> str:
+    """Write an interval, which a single image has not.
 
     Example:
-        >>> span((0.91, 0.93)), span((-0.01, 0.002), points)
-        ('91.00 to 93.00', '−1.00 to +0.20')
+        >>> span((0.91, 0.93)), span((-0.01, 0.002), points), span(None)
+        ('91.00 to 93.00', '−1.00 to +0.20', 'not defined')
     """
+    if interval is None:
+        return "not defined"
     low, high = interval
     return f"{write(low)} to {write(high)}"
 

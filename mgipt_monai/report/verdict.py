@@ -89,6 +89,8 @@ def _listed(words: list[str]) -> str:
 
 
 def _clear(against: dict[str, Any]) -> bool:
+    if against["interval"] is None:
+        return False
     low, high = against["interval"]
     return not low <= 0 <= high and against["p_value"] is not None and against["p_value"] < LEVEL
 

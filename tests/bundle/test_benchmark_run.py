@@ -36,3 +36,11 @@ def test_a_method_is_added_by_an_overlay(demo_sites: Path, tmp_path: Path) -> No
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results["methods"]) == ["source", "mine"]
     assert results["settings"]["methods"]["mine"]["lr"] == 0.01
+
+
+def test_a_single_image_has_a_report_without_intervals(demo_sites: Path, tmp_path: Path) -> None:
+    one = {"sites": "['cold_noisy']", "limit": 1, "compare": "['source','bn']"}
+    run_bundle(CONFIGS, dataset_dir=demo_sites, output_dir=tmp_path, **one, **QUICK)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["methods"]["bn"]["against_baseline"]["dsc"]["interval"] is None
+    assert "not defined" in (tmp_path / "report.html").read_text()
