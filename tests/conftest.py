@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,6 +19,15 @@ from mgipt_monai import MGIPT, AdaptationMethod, RecordFile
 
 # tiny tensors: more threads only get into each other's way
 torch.set_num_threads(1)
+
+
+def load_benchmark(name: str) -> ModuleType:
+    """Import a script of `benchmarks/`, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # a NamedTuple looks its module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_network(spatial_dims: int = 2, in_channels: int = 3, out_channels: int = 2, seed: int = 0) -> nn.Module:

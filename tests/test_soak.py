@@ -3,23 +3,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "soak.py"
+from tests.conftest import load_benchmark
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the process's figures from /proc")
 def test_descriptors_and_state_stay_and_memory_stays_near(tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("soak", PATH)
-    soak = importlib.util.module_from_spec(spec)
-    sys.modules["soak"] = soak  # a NamedTuple looks its module up
-    spec.loader.exec_module(soak)
-    usages = soak.soak(300, tmp_path)
+    usages = load_benchmark("soak").soak(300, tmp_path)
     assert [usage.images for usage in usages] == list(range(30, 301, 30))
     # the first thirds warm up: libraries load, allocators fill, snapshots come
     warm = usages[3:]

@@ -3,24 +3,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from tests.conftest import tiny_network
-
-PATH = Path(__file__).parents[1] / "benchmarks" / "speed.py"
+from tests.conftest import load_benchmark, tiny_network
 
 
 @pytest.fixture(scope="module")
 def speed() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("speed", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("speed")
 
 
 def test_every_method_has_its_turns_and_both_ways_agree(speed: ModuleType) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -14,18 +13,14 @@ from torch.nn.functional import pad
 
 from mgipt_monai import MGIPT
 from tests import golden_inputs
-from tests.conftest import identical, snapshot, stream, tiny_network
+from tests.conftest import identical, load_benchmark, snapshot, stream, tiny_network
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "yardstick.py"
 MAKE = {"instance": MGIPT, "released": MGIPT.released}
 
 
 @pytest.fixture(scope="module")
 def yardstick() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("yardstick", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_benchmark("yardstick")
 
 
 @pytest.mark.parametrize("tuning", MAKE)

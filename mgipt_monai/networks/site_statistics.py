@@ -70,7 +70,7 @@ class SiteStatistics(nn.Module):
         self._averages: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
         self._looks: dict[str, int] = {}
-        self._shares: dict[str, float] = {}
+        self._shares: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """Begin with an image; what was seen of one that did not :meth:`end` is forgotten."""
@@ -111,7 +111,7 @@ class SiteStatistics(nn.Module):
             spread = spread * told / (told - 1)
         square = (shift.square() - spread / told).mean().clamp(min=0)
         share = square / (square + spread.mean()).clamp(min=1e-12) * seen / (seen + self.caution)
-        self._shares[name] = share.item()
+        self._shares[name] = share
         z, r = share * shift
         return source_mean + source_std * z, source_std * r.exp()
 
@@ -124,7 +124,7 @@ class SiteStatistics(nn.Module):
     @property
     def evidence(self) -> float:
         """Mean share over the layers, for the image at hand: how far this is another site, in [0, 1)."""
-        return sum(self._shares.values()) / len(self._shares) if self._shares else 0.0
+        return torch.stack(list(self._shares.values())).mean().item() if self._shares else 0.0
 
     def end(self) -> None:
         """Take the image at hand into the averages."""

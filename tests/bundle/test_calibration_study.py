@@ -3,22 +3,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from tests.bundle.conftest import BUNDLE, ROOT
+from tests.conftest import load_benchmark
 
 
 def test_tables_of_a_stream(
     demo_sites: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location("calibration_study", ROOT / "benchmarks" / "calibration_study.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
     monkeypatch.chdir(ROOT)
-    study.main(
+    load_benchmark("calibration_study").main(
         [
             "configs/shifts/cameras.yaml",
             *("--dataset_dir", str(demo_sites), "--ckpt_path", str(BUNDLE / "models" / "model.pt")),
