@@ -23,7 +23,9 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 
+from mgipt_monai.benchmark.statistics import shares
 from mgipt_monai.networks import InstancePrompt, SiteNorms, SiteStatistics
+from mgipt_monai.summary import worst_tenth
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [str(ROOT / "bundle" / "configs" / name) for name in ("inference.yaml", "evaluate.yaml")]
@@ -116,13 +118,14 @@ def study(configs: Sequence[str], prompts: bool, **settings: object) -> None:
             rows.append({name: dice(logits, label) for name, logits in fusions(seen, evidence).items()})
             told.append({"gain": rows[-1]["image, source weight 0.8"] - rows[-1]["source"], **signals(seen, evidence)})
     source = np.array([row["source"] for row in rows])
-    worst = max(1, round(0.1 * len(rows)))
     print("| prediction | DSC | gain | worse by > 1 | worst tenth |", "|---|--:|--:|--:|--:|", sep="\n")
     for name in rows[0]:
         values = np.array([row[name] for row in rows])
         gain = values - source
-        harm, tenth = 100 * (gain < -1).mean(), np.sort(values)[:worst].mean()
-        print(f"| {name} | {values.mean():.2f} | {gain.mean():+.2f} | {harm:.0f} % | {tenth:.2f} |")
+        worse, _ = shares(gain / 100)
+        print(
+            f"| {name} | {values.mean():.2f} | {gain.mean():+.2f} | {100 * worse:.0f} % | {worst_tenth(values):.2f} |"
+        )
     print("\n| signal | rank correlation with the gain of calibrating to the image |", "|---|--:|", sep="\n")
     for name in list(told[0])[1:]:
         correlation = spearmanr([row[name] for row in told], [row["gain"] for row in told])[0]
