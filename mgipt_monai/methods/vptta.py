@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 from mgipt_monai.networks.blended_norms import BlendedNorms
 from mgipt_monai.networks.frequency_prompt import LowFrequencies
-from mgipt_monai.networks.prompt_step import check_step, loss_gradient
+from mgipt_monai.networks.prompt_step import check_step, check_tuning, loss_gradient
 from mgipt_monai.networks.source_statistics import SourceStatistics, read_statistics
 from mgipt_monai.networks.state_checks import check_finite, check_tensors
 
@@ -126,6 +126,7 @@ class VPTTA(AdaptationMethod):
         amplitude = low.coefficients.abs()
         prompt = self._start(amplitude).requires_grad_()
         loss, gradient = loss_gradient(lambda x: self.norms.loss(x, "calibrated"), low.apply(prompt), prompt)
+        check_tuning(loss, gradient)
         prompt = self._adam_step(prompt, gradient)
         with torch.no_grad():
             logits = self.norms.predict(low.apply(prompt), "calibrated")

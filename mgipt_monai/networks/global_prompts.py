@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .frequency_prompt import LowFrequencies
-from .prompt_step import check_sizes, check_step, loss_gradient
+from .prompt_step import check_sizes, check_step, check_tuning, loss_gradient
 from .state_checks import check_finite, check_keys, check_tensors
 
 __all__ = ["GlobalPrompts"]
@@ -74,6 +74,7 @@ class GlobalPrompts(nn.Module):
             return image.new_zeros(0)
         students = [student.clone().requires_grad_() for student in self.students]
         losses, gradients = loss_gradient(loss, self._apply(image, students), students)
+        check_tuning(losses, *gradients)
         for student, gradient in zip(students, gradients, strict=True):
             student.grad = gradient
         torch.optim.Adam(students, lr=self.lr, betas=self.betas).step()

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from .early_stop import got_worse
 from .frequency_prompt import LowFrequencies
-from .prompt_step import check_sizes, check_step, loss_gradient
+from .prompt_step import check_sizes, check_step, check_tuning, loss_gradient
 
 __all__ = ["InstancePrompt", "InstanceTuning"]
 
@@ -136,11 +136,15 @@ class InstancePrompt(nn.Module):
         prompt.requires_grad_()
         adam = torch.optim.Adam([prompt], lr=self.lr, betas=self.betas)
         low = LowFrequencies(image, size)
-        tuning.losses[size] = []
+        losses = []
         for _ in range(self.steps):
             value, gradient = loss_gradient(loss, low.apply(prompt), prompt)
-            tuning.losses[size].append(value.item())
+            losses.append(value)
             # Adam leaves an entry without gradient where it is: the centre stays frozen
             prompt.grad = gradient * ring
             adam.step()
-        return prompt.detach()
+        # read at the end, so that no step waits for a GPU; what is not finite once stays so in the prompt
+        tuned = prompt.detach()
+        check_tuning(*losses, tuned)
+        tuning.losses[size] = torch.cat(losses).tolist()
+        return tuned

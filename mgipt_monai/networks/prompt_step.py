@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both prompt injectors share: the gradient of a prompt, and the checks of their settings."""
+"""What both prompt injectors share: the gradient of a prompt, and the checks of it and of their settings."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor
 def loss_gradient(
     loss: Callable[[Tensor], Tensor], prompted: Tensor, prompts: Tensor | Sequence[Tensor]
 ) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
-    """Return the per-image losses of prompted images and their gradient with respect to the prompts alone.
-
-    Raises:
-        FloatingPointError: if a loss or a gradient is not finite.
-    """
+    """Return the per-image losses of prompted images and their gradient with respect to the prompts alone."""
     losses = loss(prompted)
     gradients = torch.autograd.grad(losses.sum(), prompts)
-    if not all(torch.isfinite(value).all() for value in (losses, *gradients)):
-        raise FloatingPointError("the alignment loss or its gradient is not finite: check the image and the network")
     return losses.detach(), gradients[0] if isinstance(prompts, Tensor) else gradients
+
+
+def check_tuning(*values: Tensor) -> None:
+    """Raise FloatingPointError unless all that tuning gave is finite; it waits for the device once."""
+    if not torch.cat([value.flatten() for value in values]).isfinite().all():
+        raise FloatingPointError("the alignment loss or its gradient is not finite: check the image and the network")
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from monai.data import MetaTensor
 from monai.networks.nets import UNet
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgipt_monai import MGIPT, Source
 from mgipt_monai.networks import ConfidenceEnsemble, GlobalPrompts, InstancePrompt, PhotometricJitter
@@ -36,6 +38,25 @@ def test_adaptation_lowers_the_loss_and_changes_the_prediction(images: list[torc
         record = mgipt.last[0]
         assert record["loss_after"] < record["loss_before"]
         assert not torch.equal(adapted, Source(network)(image))
+
+
+def test_numbers_are_read_as_often_however_many_steps_there_are() -> None:
+    # a GPU is waited for at each reading
+    class Readings(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten._local_scalar_dense.default
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for steps in (1, 6):
+        mgipt = MGIPT(tiny_network(), InstancePrompt(steps=steps, early_stop=False))
+        with Readings() as readings:
+            mgipt(stream(1)[0])
+        counts.append(readings.count)
+    # all that comes on top is Adam's own count of steps, which lies on the CPU
+    assert counts[1] - counts[0] == 3 * 5
 
 
 def test_state_size_is_constant_and_a_few_hundred_numbers(mgipt: MGIPT) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -261,6 +262,29 @@ def test_loss_that_is_not_finite_is_refused(bad: float) -> None:
     image, _ = problem()
     with pytest.raises(FloatingPointError, match="not finite"):
         InstancePrompt(steps=2).tune(image, lambda x: x.mean((1, 2, 3)) * bad, never)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (1, 3, 5)])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_gradient_that_is_not_finite_in_one_step_is_refused_though_the_loss_is(bad: float, sizes: tuple[int]) -> None:
+    class Spoilt(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * bad
+
+    calls = []
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return (Spoilt.apply(x) if len(calls) == 2 else x).sin().mean((1, 2, 3)).nan_to_num(0.5)
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        InstancePrompt(sizes, steps=4).tune(problem()[0], loss, Scores([0.3, 0.2, 0.1]))
+    assert len(calls) == 4  # seen at the end of the size
 
 
 def test_image_smaller_than_a_size_is_refused() -> None:
