@@ -76,11 +76,16 @@ class AdaptiveInferer(Inferer):
         """
         if args or kwargs:
             raise TypeError(f"AdaptiveInferer gives the network images alone, got also {[*args, *kwargs]}")
-        self._bind(network)
+        self.bind(network)
         self.method.predict_through(*self._route())
         return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
 
-    def _bind(self, network: nn.Module) -> None:
+    def bind(self, network: nn.Module) -> None:
+        """Let the method adapt this network, if it is another one than before.
+
+        Raises:
+            RuntimeError: if it is itself an adaptation method, and not this inferer's.
+        """
         if isinstance(network, AdaptationMethod):
             if network is not self.method:
                 raise RuntimeError(

@@ -98,7 +98,7 @@ class PersistentInferer(AdaptiveInferer):
         self.last = []
         with _one_at_a_time(self.state_path) as stream:
             since = time.perf_counter()
-            self._bind(network)
+            self.bind(network)
             position = self._take_up(stream)
             before = self.method.adaptation_state()
             logits = super().__call__(inputs, network, *args, **kwargs)

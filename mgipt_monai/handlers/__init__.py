@@ -8,6 +8,7 @@ from .average_prompts import AveragePromptsHandler
 from .peak_memory import PeakMemoryHandler
 from .resumable_training import ResumableTrainingHandler
 from .source_statistics import SourceStatisticsHandler
+from .work_ahead import WorkAheadHandler
 
 __all__ = [
     "AveragePromptsHandler",
@@ -15,4 +16,5 @@ __all__ = [
     "ResumableTrainingHandler",
     "SourceStatisticsHandler",
     "TestTimeAdaptationHandler",
+    "WorkAheadHandler",
 ]

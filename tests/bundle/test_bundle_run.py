@@ -19,6 +19,7 @@ import mgipt_monai
 from mgipt_monai import RecordFile
 from mgipt_monai.networks import PraNet, ResUNet
 from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, ROOT, run_bundle
+from tests.conftest import without_times
 
 INFERENCE, EVALUATE, TRAIN = (CONFIGS / f"{name}.yaml" for name in ("inference", "evaluate", "train"))
 SMALL = {**QUICK, "network_def#channels": "[4,8,16,16,16]"}
@@ -123,6 +124,17 @@ def test_every_method_runs_by_adding_its_overlay(overlay: Path, tmp_path: Path, 
     assert [row["status"] for row in rows] == ["ok", "ok"]
     assert "instance_size" not in rows[0]
     assert rows[0]["forwards"] >= 1
+
+
+def test_working_ahead_writes_the_same_files(tmp_path: Path, demo_sites: Path) -> None:
+    settings = {"dataset_dir": demo_sites, "limit": 2, "num_workers": 1, **QUICK}
+    for name, overlays in (("plain", []), ("ahead", ["configs/work_ahead.yaml"])):
+        run_bundle([INFERENCE, EVALUATE, *overlays], output_dir=tmp_path / name, **settings)
+    masks = sorted(path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").glob("*/*.png"))
+    assert len(masks) == 4
+    for mask in masks:
+        assert (tmp_path / "plain" / mask).read_bytes() == (tmp_path / "ahead" / mask).read_bytes()
+    assert without_times(tmp_path / "plain" / "records.jsonl") == without_times(tmp_path / "ahead" / "records.jsonl")
 
 
 def test_released_preset_runs(tmp_path: Path, demo_sites: Path) -> None:
