@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = [str(ROOT / "bundle" / "configs" / name) for name in ("inference.yaml", "evaluate.yaml")]
 SOURCE_WEIGHTS = (0.9, 0.8, 0.6, 0.0)
 PROMPT_SIDES = (1, 3)
-TRUSTS = ((2, 1), (3, 1), (2.5, 2), (3, 3), (3, 4), (3, 6), (3.5, 6))
+TRUSTS = ((1, 1), (2, 1), (3, 1), (2, 2), (2.5, 2), (3, 2), (3, 4))
 
 
 def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) -> tuple[dict[str, Tensor], float]:
@@ -65,9 +65,9 @@ def fusions(seen: dict[str, Tensor], evidence: float) -> dict[str, Tensor]:
     compared = {name: logits for name, logits in seen.items() if "flipped" not in name}
     compared["mean of source and its flipped view"] = (source + seen["source, flipped"]) / 2
     compared["half source, half site"] = (source + site) / 2
-    for trust, steepness in TRUSTS:
-        weight = min(1.0, (trust * evidence) ** steepness)
-        compared[f"fused, trust {trust:g}, steepness {steepness:g}"] = torch.lerp(source, (site + both) / 2, weight)
+    for trust, power in TRUSTS:
+        weight = min(1.0, (trust * evidence) ** power)
+        compared[f"fused, trust {trust:g}, power {power:g}"] = torch.lerp(source, (site + both) / 2, weight)
     return compared
 
 

@@ -25,9 +25,9 @@ class SiteCalibration(AdaptationMethod):
 
     Three predictions are fused, in logits: the source's, one calibrated to the site (:class:`SiteStatistics`), and one
     calibrated to the site and, by a small share, to the image. The two share the weight
-    ``min(1, (trust * evidence) ** steepness)``, where the evidence tells how much of the images' distance from the
-    source is the site's; the source has the rest. So a site that is like the source is predicted as without adaptation.
-    No prompt, no gradient, no weight is changed. Cost: 3 F.
+    ``min(1, (trust * evidence) ** 2)``, where the evidence tells how much of the images' distance from the source is
+    the site's; the source has the rest. So a site that is like the source is predicted as without adaptation. No
+    prompt, no gradient, no weight is changed. Cost: 3 F.
 
     Keeps between images four averages per channel of each norm layer, over the latest images: features' means and
     deviations and their squares, nothing of where in an image they come from.
@@ -36,7 +36,6 @@ class SiteCalibration(AdaptationMethod):
         network: the source network, with batch norm that stores its statistics.
         site: None takes :class:`SiteStatistics` as they are.
         trust: one over the evidence from which on the source has no weight left, above 0.
-        steepness: how sharply the weight falls below that, above 0; 1 is in proportion to the evidence.
         image_share: weight of the image's own statistics beside the site's, in [0, 1].
         aligned_layers: regular expression on the names of the norm layers to calibrate; None calibrates all.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
@@ -64,20 +63,17 @@ class SiteCalibration(AdaptationMethod):
         network: nn.Module,
         site: SiteStatistics | None = None,
         *,
-        trust: float = 3.0,
-        steepness: float = 4.0,
+        trust: float = 2.5,
         image_share: float = 0.2,
         aligned_layers: str | None = None,
         head: Head = "sigmoid",
     ) -> None:
-        for name, value in (("trust", trust), ("steepness", steepness)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be above 0, got {value}")
+        if not 0 < trust < float("inf"):
+            raise ValueError(f"trust must be above 0, got {trust}")
         if not 0 <= image_share <= 1:
             raise ValueError(f"image_share must be in [0, 1], got {image_share}")
         check_head(head)
-        self.trust, self.steepness, self.image_share = trust, steepness, image_share
-        self.aligned_layers, self.head = aligned_layers, head
+        self.trust, self.image_share, self.aligned_layers, self.head = trust, image_share, aligned_layers, head
         super().__init__(network)
         self.site = SiteStatistics() if site is None else site
 
@@ -104,7 +100,7 @@ class SiteCalibration(AdaptationMethod):
             own = norms.predict(image, "calibrated")
 
         evidence = site.evidence
-        weight = min(1.0, (self.trust * evidence) ** self.steepness)
+        weight = min(1.0, (self.trust * evidence) ** 2)
         fused = torch.lerp(source, (calibrated + own) / 2, weight)
         uncertainty, mean = disagreement(torch.cat([source, calibrated, own]), self.head)
         self._maps.append(uncertainty)

@@ -26,6 +26,6 @@ def test_tables_of_a_stream(
         row.split("|")[1].strip(): row.split("|")[2:-1] for row in capsys.readouterr().out.splitlines() if "|" in row
     }
     assert rows["source"][1:3] == [" +0.00 ", " 0 % "]
-    for name in ("image, source weight 0.0", "site", "site, prompt of side 3", "fused, trust 3, steepness 4"):
+    for name in ("image, source weight 0.0", "site", "site, prompt of side 3", "fused, trust 2.5, power 2"):
         assert 0 < float(rows[name][0]) <= 100
     assert -1 <= float(rows["entropy falls"][0]) <= 1

@@ -303,7 +303,6 @@ def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
         (CoTTA, {"seed": -3}, "-3"),
         (GraTa, {"lr": math.inf}, "inf"),
         (SiteCalibration, {"trust": 0}, "trust .* got 0"),
-        (SiteCalibration, {"steepness": -1}, "steepness .* got -1"),
         (SiteCalibration, {"image_share": 1.5}, "image_share .* 1.5"),
         (SiteCalibration, {"head": "relu"}, "'relu'"),
     ],

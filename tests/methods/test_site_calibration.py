@@ -46,11 +46,11 @@ def run(method: SiteCalibration, images: Iterable[torch.Tensor]) -> list[dict]:
 def test_a_site_like_the_source_is_left_to_the_source(source: nn.Module) -> None:
     method = SiteCalibration(source)
     records = run(method, alike(40))
-    assert sum(record["adapted_weight"] for record in records[10:]) / 30 < 0.02
+    assert sum(record["adapted_weight"] for record in records[10:]) / 30 < 0.05
     image = alike(1, seed=5)[0]
     with torch.no_grad():
         plain = source(image)
-    assert (method(image) - plain).abs().mean() < 0.02 * plain.std()
+    assert (method(image) - plain).abs().mean() < 0.05 * plain.std()
 
 
 def test_another_site_is_calibrated_to(source: nn.Module) -> None:
@@ -65,12 +65,12 @@ def test_another_site_is_calibrated_to(source: nn.Module) -> None:
     assert (adapted - wanted).abs().mean() < 0.5 * (unadapted - wanted).abs().mean()
 
 
-@pytest.mark.parametrize(("trust", "steepness"), [(2.0, 1.0), (3.0, 4.0)])
-def test_the_weight_is_the_power_of_the_evidence_up_to_one(source: nn.Module, trust: float, steepness: float) -> None:
-    method = SiteCalibration(source, trust=trust, steepness=steepness)
+@pytest.mark.parametrize("trust", [1.5, 2.5])
+def test_the_weight_is_the_square_of_the_evidence_up_to_one(source: nn.Module, trust: float) -> None:
+    method = SiteCalibration(source, trust=trust)
     records = run(method, [(1 - 0.015 * i) * image for i, image in enumerate(alike(30))])
     for record in records:
-        assert record["adapted_weight"] == min(1.0, (trust * record["evidence"]) ** steepness)
+        assert record["adapted_weight"] == min(1.0, (trust * record["evidence"]) ** 2)
     weights = [record["adapted_weight"] for record in records]
     assert min(weights) < 0.3
     assert max(weights) > 0.5
@@ -117,4 +117,4 @@ def test_uncertainty_is_the_disagreement_of_the_three(images: list[torch.Tensor]
 def test_settings_name_the_sites_too() -> None:
     settings = SiteCalibration(tiny_network(), SiteStatistics(horizon=7)).settings()
     assert settings["site"] == {"horizon": 7, "caution": 2.0}
-    assert (settings["trust"], settings["steepness"]) == (3.0, 4.0)
+    assert settings["trust"] == 2.5
