@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ NETWORKS = {
 METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "(a) as published": Yardstick,
     "(b) MGIPT": MGIPT,
+    "(c) fast": partial(MGIPT, steps=2, instance_sizes=(1,), global_sizes=(5,)),
     "(c) steady": SiteCalibration,
     "(d) VPTTA": VPTTA,
     "(e) plain forward": lambda network: network.eval().requires_grad_(False),

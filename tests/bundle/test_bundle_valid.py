@@ -13,7 +13,13 @@ import yaml
 from monai.bundle import ConfigParser, ConfigWorkflow, verify_metadata, verify_net_in_out
 
 import mgipt_monai
-from mgipt_monai import MGIPT, AdaptiveInferer, StreamingAdaptationEvaluator, TestTimeAdaptationHandler
+from mgipt_monai import (
+    MGIPT,
+    AdaptationMethod,
+    AdaptiveInferer,
+    StreamingAdaptationEvaluator,
+    TestTimeAdaptationHandler,
+)
 from tests.bundle.conftest import BUNDLE, CONFIGS, ROOT
 
 PARTS = ("instance_prompt", "global_prompts", "ensemble", "jitter")
@@ -144,9 +150,13 @@ def test_overlay_for_other_bundles_uses_all_that_it_sets_and_little_of_theirs(pa
     assert used - {"evaluator", "bundle_root"} == set(yaml.safe_load(text)) - {"+initialize"}
 
 
-def test_released_overlay_is_the_released_preset(tmp_path: Path, demo_sites: Path) -> None:
+def laid_over(tmp_path: Path, demo_sites: Path, *presets: str) -> AdaptationMethod:
+    """The method of the bundle's config with presets over it."""
     flow = ConfigWorkflow(
-        config_file=[str(CONFIGS / "inference.yaml"), str(ROOT / "configs" / "presets" / "released.yaml")],
+        config_file=[
+            str(CONFIGS / "inference.yaml"),
+            *(str(ROOT / f"configs/presets/{name}.yaml") for name in presets),
+        ],
         workflow_type="infer",
         logging_file=False,
         bundle_root=str(BUNDLE),
@@ -154,5 +164,23 @@ def test_released_overlay_is_the_released_preset(tmp_path: Path, demo_sites: Pat
         output_dir=str(tmp_path),
     )
     flow.initialize()
-    assert settings_of(flow.inferer.method) == settings_of(MGIPT.released(flow.network_def))
-    assert settings_of(flow.inferer.method) != settings_of(MGIPT(flow.network_def))
+    return flow.inferer.method
+
+
+def test_released_overlay_is_the_released_preset(tmp_path: Path, demo_sites: Path) -> None:
+    method = laid_over(tmp_path, demo_sites, "released")
+    assert settings_of(method) == settings_of(MGIPT.released(method.network))
+    assert settings_of(method) != settings_of(MGIPT(method.network))
+
+
+def test_paper_overlay_is_the_default_and_brings_it_back(tmp_path: Path, demo_sites: Path) -> None:
+    default = laid_over(tmp_path, demo_sites)
+    for presets in (["paper"], ["released", "paper"], ["fast", "paper"], ["steady", "paper"]):
+        method = laid_over(tmp_path, demo_sites, *presets)
+        assert settings_of(method) == settings_of(default) == settings_of(MGIPT(method.network))
+
+
+def test_fast_overlay_costs_eight_forwards(tmp_path: Path, demo_sites: Path) -> None:
+    method = laid_over(tmp_path, demo_sites, "fast")
+    method(torch.rand(1, 3, 64, 64))
+    assert method.last[0]["forwards"] + method.last[0]["backwards"] == 8
