@@ -114,7 +114,7 @@ def draw(growths: Sequence[Growth]) -> Figure:
     figure = Figure(figsize=(9.0, 2.8), layout="constrained")
     for axes, growth in zip(figure.subplots(1, len(growths)), growths, strict=True):
         axes.plot([row[0] for row in growth.rows], [row[1] for row in growth.rows], color=MAIN, marker="o")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(row[1] for row in growth.rows))
         axes.set_xlim(left=0)
         axes.set_xlabel(growth.columns[0])
         axes.set_ylabel("seconds per image")
