@@ -7,7 +7,6 @@ import csv
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,9 @@ from mgipt_monai.data.cameras import CAMERAS
 from mgipt_monai.data.demo_stream import write_demo_stream
 from mgipt_monai.networks import PraNet, ResUNet
 from mgipt_monai.protocol import run_protocol
-from tests.bundle.conftest import BUNDLE, CONFIGS, ONE_THREAD, ROOT
+from tests.bundle.conftest import BUNDLE, CONFIGS, ROOT
 from tests.conftest import without_times
+from tests.module_runs import run_module
 
 PROTOCOLS = {name: ROOT / "configs" / "protocols" / f"{name}.yaml" for name in ("odoc", "polyp")}
 NETWORKS = {"odoc": ResUNet, "polyp": PraNet}
@@ -53,16 +53,7 @@ def write_checkpoints(folder: Path, names: list[str], network: nn.Module) -> Pat
 
 def command(*arguments: object, **settings: object) -> subprocess.CompletedProcess:
     overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    line = [
-        sys.executable,
-        "-m",
-        "mgipt_monai.protocol",
-        *map(str, arguments),
-        "--bundle_root",
-        str(BUNDLE),
-        *overrides,
-    ]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=300, env=ONE_THREAD)
+    return run_module("mgipt_monai.protocol", [*map(str, arguments), "--bundle_root", str(BUNDLE), *overrides])
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,10 +12,8 @@ import pytest
 
 from mgipt_monai.data.cameras import CAMERAS
 from mgipt_monai.data.demo_stream import write_demo_stream
+from tests.module_runs import ONE_THREAD, ROOT, run_module
 
-# several runs at once on few cores: more threads only wait for each other
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "bundle"
 CONFIGS = BUNDLE / "configs"
 # few steps and small images: these tests ask whether configs run, not how well
@@ -35,8 +32,11 @@ def run_bundle(
     files = ",".join(f"'{config if Path(config).is_absolute() else ROOT / config}'" for config in configs)
     settings = {"config_file": f"[{files}]", "bundle_root": bundle_root, **settings}
     overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, *launcher, "-m", "monai.bundle", "run", run_id]
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, cwd=ROOT, timeout=300, env=ONE_THREAD)
+    if launcher:
+        command = [sys.executable, *launcher, "-m", "monai.bundle", "run", run_id, *overrides]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=ONE_THREAD)
+    else:
+        done = run_module("monai.bundle", ["run", run_id, *overrides])
     if check and done.returncode:
         raise AssertionError(done.stdout[-3000:] + done.stderr[-3000:])
     return done
