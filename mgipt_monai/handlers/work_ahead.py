@@ -136,12 +136,11 @@ class _AheadInferer(Inferer):
         engine, method = self.engine, ahead.method
         before = _basis(method)
         try:
-            inputs = engine.prepare_batch(batch.result(), engine.state.device, engine.non_blocking, **engine.to_kwargs)[
-                0
-            ]
+            device, non_blocking = engine.state.device, engine.non_blocking
+            inputs, *_ = engine.prepare_batch(batch.result(), device, non_blocking, **engine.to_kwargs)
             return _Prediction(inputs, before, method, ahead(inputs, method.network))
         except Exception:
-            # the evaluator will come upon it with this image in its turn
+            # the stream's end, or a bad image, which the evaluator comes upon in its turn
             return None
 
     def _fits(self, prediction: _Prediction, inputs: Tensor) -> bool:
