@@ -25,9 +25,9 @@ from monai.data import create_test_image_2d
 from PIL import Image
 
 from mgipt_monai import RecordFile, StreamFailedError, find_stream
-from mgipt_monai.data.cameras import CAMERAS
-from mgipt_monai.data.demo_stream import write_demo_stream
-from mgipt_monai.summary import image_means
+from mgipt_monai.data.demo.cameras import CAMERAS
+from mgipt_monai.data.demo.stream import write_demo_stream
+from mgipt_monai.stream.summary import image_means
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [ROOT / "bundle" / "configs" / name for name in ("inference.yaml", "evaluate.yaml")]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
 
-from mgipt_monai import MGIPT, VPTTA, SiteCalibration
+from mgipt_monai import MGIPT, VPTTA, SiteCorrection
 from mgipt_monai.networks import ResUNet
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -59,7 +59,7 @@ METHODS: dict[str, Callable[[nn.Module], Method]] = {
     "(a) as published": Yardstick,
     "(b) MGIPT": MGIPT,
     "(c) fast": partial(MGIPT, steps=2, instance_sizes=(1,), global_sizes=(5,)),
-    "(c) steady": SiteCalibration,
+    "(c) steady": SiteCorrection,
     "(d) VPTTA": VPTTA,
     "(e) plain forward": lambda network: network.eval().requires_grad_(False),
 }

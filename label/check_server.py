@@ -27,7 +27,7 @@ import requests
 from PIL import Image
 
 from mgipt_monai.data import CAMERAS
-from mgipt_monai.data.demo_stream import write_demo_site
+from mgipt_monai.data.demo.stream import write_demo_site
 from mgipt_monai.label_app import write_label_bundle
 
 ROOT = Path(__file__).parents[1]

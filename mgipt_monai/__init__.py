@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
-from . import data, handlers, methods, networks
+from mgipt_monai.inferers import AdaptiveInferer, PersistentInferer
+from mgipt_monai.stream.records import RecordFile
+from mgipt_monai.stream.state_file import StreamFile
+from mgipt_monai.stream.summary import StreamSummary
+from mgipt_monai.utils.files import load_state, save_state
+from mgipt_monai.utils.weights import load_encoder_weights, load_source_weights
+
+from . import _renamed, data, handlers, methods, networks
 from .benchmark import Benchmark
 from .data import find_stream, order_stream
 from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import SourceStatisticsHandler, TestTimeAdaptationHandler
-from .inferers import AdaptiveInferer
 from .methods import (
     MGIPT,
     SAR,
@@ -17,17 +23,11 @@ from .methods import (
     BatchNormAdaptation,
     CoTTA,
     GraTa,
-    SiteCalibration,
+    SiteCorrection,
     Source,
     Tent,
 )
 from .networks import SourceStatistics, measure_source_statistics
-from .persistent_inferer import PersistentInferer
-from .records import RecordFile
-from .state_file import load_state, save_state
-from .stream_file import StreamFile
-from .summary import StreamSummary
-from .weights import load_encoder_weights, load_source_weights
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ __all__ = [
     "GraTa",
     "PersistentInferer",
     "RecordFile",
-    "SiteCalibration",
+    "SiteCorrection",
     "Source",
     "SourceStatistics",
     "SourceStatisticsHandler",
@@ -66,3 +66,6 @@ __all__ = [
     "order_stream",
     "save_state",
 ]
+
+_renamed.install()
+__getattr__ = _renamed.renamed_names(__name__, {"SiteCalibration": "mgipt_monai.methods.SiteCorrection"})

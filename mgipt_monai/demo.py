@@ -15,10 +15,10 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from torch import Tensor
 
-from mgipt_monai.data.cameras import CAMERAS
-from mgipt_monai.data.demo_stream import write_demo_stream
+from mgipt_monai.data.demo.cameras import CAMERAS
+from mgipt_monai.data.demo.stream import write_demo_stream
 from mgipt_monai.report import Example, draw_examples
-from mgipt_monai.summary import image_means
+from mgipt_monai.stream.summary import image_means
 
 __all__ = ["main", "run_method"]
 

@@ -20,12 +20,11 @@ from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
 from torch import nn
 
-from .data.stream_dataset import FAILURE, PLACE
-from .errors import root_cause
-from .file_names import file_names, naming
-from .image_measures import ImageMeasures
-from .state_file import atomic_path
-from .summary import StreamSummary
+from mgipt_monai.data.dataset import FAILURE, PLACE
+from mgipt_monai.metrics import ImageMeasures
+from mgipt_monai.stream.summary import StreamSummary
+from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.naming import file_names, naming, root_cause
 
 __all__ = ["AdaptationEvents", "StreamFailedError", "StreamingAdaptationEvaluator"]
 

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MONAI inferer that adapts: what an evaluator, MONAI Label and MONAI Deploy all call."""
+"""The MONAI inferers that adapt: what an evaluator, MONAI Label and MONAI Deploy call."""
 
 from __future__ import annotations
 
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer, SliceInferer
 from torch import Tensor, nn
 
-from .methods.base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.stream.records import RecordFile, json_types
+from mgipt_monai.stream.state_file import StreamFile
+from mgipt_monai.utils.naming import file_names
 
-__all__ = ["AdaptiveInferer"]
+__all__ = ["AdaptiveInferer", "PersistentInferer"]
 
 Slices = Literal["shared", "own"]
 
@@ -119,3 +129,132 @@ class AdaptiveInferer(Inferer):
             with torch.no_grad():
                 return self.method.network(image), {"forwards": 1, "backwards": 0}
         return self.method(image), self.method.last[0]
+
+
+# of this process: a server may make its inferers anew for every request, and the lock must outlive them
+_streams: dict[tuple[int, Path], tuple[threading.Lock, StreamFile]] = {}
+_opening = threading.Lock()
+
+
+class PersistentInferer(AdaptiveInferer):
+    """Adapts to the images of one stream, however many calls, inferers, networks and processes it takes.
+
+    The state file is the truth: each call takes up the stream from it, adapts, predicts, and writes it back. A failed
+    call leaves the file as it was. Calls from several threads run one after another; another process is refused from
+    this process's first call until its end.
+
+    The records of a call's images are in ``last`` and, where the images are a ``MetaTensor``, in the prediction's meta
+    data under ``adaptation`` (see :class:`mgipt_monai.data.AdaptationResultd`), one dict of JSON types per image: what
+    the method did, ``name``, ``position`` (images learnt from, this one included), ``seconds``, ``adapt``, ``reset``.
+
+    Args:
+        method: the adaptation method. What it has in memory is replaced by the file's state, or forgotten where there
+            is no file.
+        state_path: the stream's state file, see :class:`mgipt_monai.StreamFile`; made with the first image.
+        record_path: JSON Lines file that gets a line for each image learnt from; None writes none.
+        adapt: False predicts as for the next image of the stream, with a prompt of its own and all that was learnt, but
+            nothing of it lasts: the file stays as it is, and no record is written.
+        reset: forget the stream before the image. Also the way to go on with other weights or settings. With
+            ``adapt=False`` the image is predicted as the first one of a new stream, and the file stays.
+        inferer: see :class:`AdaptiveInferer`.
+        windows: see :class:`AdaptiveInferer`.
+        slices: see :class:`AdaptiveInferer`.
+
+    Raises:
+        TypeError: as :class:`AdaptiveInferer`; if ``adapt`` or ``reset`` is no bool, such as the text "false".
+        ValueError: as :class:`AdaptiveInferer`.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from mgipt_monai import MGIPT
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> path = os.path.join(tempfile.mkdtemp(), "stream.pt")
+        >>> for _ in range(2):  # as a server that makes everything anew for each request
+        ...     inferer = PersistentInferer(MGIPT(network, steps=1), path)
+        ...     logits = inferer(torch.rand(1, 3, 32, 32), network)
+        >>> inferer.last[0]["position"]
+        2
+    """
+
+    def __init__(
+        self,
+        method: AdaptationMethod,
+        state_path: str | os.PathLike,
+        record_path: str | os.PathLike | None = None,
+        adapt: bool = True,
+        reset: bool = False,
+        inferer: Inferer | None = None,
+        windows: int = 2,
+        slices: Slices = "shared",
+    ) -> None:
+        super().__init__(method, inferer, windows, slices)
+        for name, value in (("adapt", adapt), ("reset", reset)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be true or false, without quotation marks; got {value!r}")
+        self.state_path = Path(state_path)
+        self.records = None if record_path is None else RecordFile(record_path)
+        self.adapt, self.reset = adapt, reset
+        self.last: list[dict[str, Any]] = []
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """Take up the stream, adapt and predict as :class:`AdaptiveInferer`, and save.
+
+        Raises:
+            RuntimeError: if another process adapts with the state file.
+            ValueError: for an image that cannot be adapted to, or a state file of other weights or settings.
+        """
+        self.last = []
+        with _one_at_a_time(self.state_path) as stream:
+            since = time.perf_counter()
+            self.bind(network)
+            position = self._take_up(stream)
+            before = self.method.adaptation_state()
+            logits = super().__call__(inputs, network, *args, **kwargs)
+            rows = self._rows([Path(name).name for name in file_names(inputs)], position, time.perf_counter() - since)
+            if self.adapt:
+                self._keep(stream, rows)
+            else:
+                self.method.load_adaptation_state(before)
+        self.last = rows
+        if isinstance(logits, MetaTensor):
+            logits.meta["adaptation"] = rows
+        return logits
+
+    def _take_up(self, stream: StreamFile) -> int:
+        """Bring the method to where the stream stands; return how many images are done."""
+        if stream.exists() and not self.reset:
+            return stream.load(self.method)["position"]
+        self.method.reset()
+        stream.start(self.method)
+        return 0
+
+    def _rows(self, names: list[str], position: int, seconds: float) -> list[dict[str, Any]]:
+        done = self.method.last
+        names = names if len(names) == len(done) else [""] * len(done)
+        asked = {"adapt": self.adapt, "reset": self.reset, "seconds": seconds / len(done)}
+        return [
+            json_types({"name": name, "status": "ok", "position": position + i * self.adapt, **asked, **each})
+            for i, (name, each) in enumerate(zip(names, done, strict=True), start=1)
+        ]
+
+    def _keep(self, stream: StreamFile, rows: list[dict[str, Any]]) -> None:
+        for row in rows if self.records is not None else []:
+            self.records.append(row)
+        state = {"adaptation": self.method.adaptation_state(), "position": rows[-1]["position"], "site": None}
+        stream.snapshot(state)
+        stream.save(self.method, state)
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[StreamFile]:
+    """Give the stream at ``path`` to one thread at a time, and to no other process until this one ends."""
+    # a forked child has its parent's entries, but not its parent's right to the file
+    key = os.getpid(), path.resolve()
+    with _opening:
+        if key not in _streams:
+            stream = StreamFile(key[1])
+            stream.acquire()
+            _streams[key] = threading.Lock(), stream
+        lock, stream = _streams[key]
+    with lock:
+        yield stream

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigParser
 
-from .state_file import atomic_path
-from .weights import load_source_weights
+from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.weights import load_source_weights
 
 __all__ = ["write_label_bundle"]
 

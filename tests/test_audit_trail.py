@@ -26,10 +26,10 @@ from mgipt_monai import (
     TestTimeAdaptationHandler,
     load_state,
 )
-from mgipt_monai.audit_trail import AuditTrail
 from mgipt_monai.data import CheckImaged, StreamDataset
-from mgipt_monai.fingerprint import fingerprint
-from mgipt_monai.pseudonyms import Pseudonyms, without_names
+from mgipt_monai.stream.pseudonyms import Pseudonyms, without_names
+from mgipt_monai.stream.records import AuditTrail
+from mgipt_monai.utils.provenance import fingerprint
 from tests.conftest import stream, tiny_network, without_times
 
 

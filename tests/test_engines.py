@@ -21,7 +21,7 @@ from mgipt_monai import (
     StreamingAdaptationEvaluator,
     TestTimeAdaptationHandler,
 )
-from mgipt_monai.data.stream_dataset import FAILURE
+from mgipt_monai.data.dataset import FAILURE
 from tests.conftest import same_state, stream, tiny_network, without_times
 
 BAD = {FAILURE: "A/bad.png: broken", "name": "A/bad", "site": "A"}

@@ -17,8 +17,8 @@ from mgipt_monai import (
     load_state,
     save_state,
 )
-from mgipt_monai.records import in_words
-from mgipt_monai.state_file import atomic_path
+from mgipt_monai.stream.records import in_words
+from mgipt_monai.utils.files import atomic_path
 from tests.conftest import identical, snapshot, tiny_network
 
 

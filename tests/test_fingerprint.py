@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mgipt_monai.fingerprint import fingerprint
+from mgipt_monai.utils.provenance import fingerprint
 from tests.conftest import tiny_network
 
 

@@ -36,7 +36,7 @@ from mgipt_monai import (
     StreamingAdaptationEvaluator,
 )
 from mgipt_monai.data import CheckImaged, StreamDataset
-from mgipt_monai.networks import Guard
+from mgipt_monai.methods import Guard
 from tests.conftest import same_state, stream, tiny_network
 
 METHODS = {

@@ -9,7 +9,7 @@ from monai.losses import DeepSupervisionLoss, DiceLoss
 from torch import Tensor
 from torch.nn import functional
 
-from mgipt_monai.losses import BoundaryWeightedLoss
+from mgipt_monai.networks.nets.losses import BoundaryWeightedLoss
 
 
 def logits_like(mask: Tensor) -> Tensor:

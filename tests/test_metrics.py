@@ -5,8 +5,7 @@ import pytest
 import torch
 from monai.metrics import DiceMetric, HausdorffDistanceMetric, SurfaceDistanceMetric
 
-from mgipt_monai.image_measures import ImageMeasures
-from mgipt_monai.metrics import MaxEMeasure, SMeasure
+from mgipt_monai.metrics import ImageMeasures, MaxEMeasure, SMeasure
 from tests.conftest import labelled_square
 
 

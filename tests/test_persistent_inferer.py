@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mgipt_monai import MGIPT, AdaptiveInferer, PersistentInferer, RecordFile
 from mgipt_monai.data import AdaptationResultd
-from mgipt_monai.stream_file import read
+from mgipt_monai.stream.state_file import read
 from tests.conftest import identical, same_state, snapshot, stream, tiny_network
 
 

@@ -17,10 +17,10 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from mgipt_monai import MGIPT, VPTTA
-from mgipt_monai.data.cameras import CAMERAS
-from mgipt_monai.data.demo_stream import write_demo_stream
+from mgipt_monai.benchmark.protocol import run_protocol
+from mgipt_monai.data.demo.cameras import CAMERAS
+from mgipt_monai.data.demo.stream import write_demo_stream
 from mgipt_monai.networks import PraNet, ResUNet
-from mgipt_monai.protocol import run_protocol
 from tests.bundle.conftest import BUNDLE, CONFIGS, ROOT
 from tests.conftest import without_times
 from tests.module_runs import run_module
@@ -53,7 +53,9 @@ def write_checkpoints(folder: Path, names: list[str], network: nn.Module) -> Pat
 
 def command(*arguments: object, **settings: object) -> subprocess.CompletedProcess:
     overrides = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    return run_module("mgipt_monai.protocol", [*map(str, arguments), "--bundle_root", str(BUNDLE), *overrides])
+    return run_module(
+        "mgipt_monai.benchmark.protocol", [*map(str, arguments), "--bundle_root", str(BUNDLE), *overrides]
+    )
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)

@@ -26,7 +26,7 @@ from mgipt_monai import (
     TestTimeAdaptationHandler,
     load_state,
 )
-from mgipt_monai.data.stream_dataset import FAILURE
+from mgipt_monai.data.dataset import FAILURE
 from mgipt_monai.handlers import AveragePromptsHandler
 from tests.conftest import same_state, stream, tiny_network
 

@@ -27,9 +27,9 @@ from mgipt_monai import (
     StreamingAdaptationEvaluator,
     Tent,
     TestTimeAdaptationHandler,
-    state,
 )
-from mgipt_monai.stream_file import read
+from mgipt_monai.stream import command as state
+from mgipt_monai.stream.state_file import read
 from tests.conftest import tiny_network
 
 

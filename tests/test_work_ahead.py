@@ -24,7 +24,7 @@ from mgipt_monai import (
     BatchNormAdaptation,
     CoTTA,
     GraTa,
-    SiteCalibration,
+    SiteCorrection,
     Source,
     StreamFailedError,
     StreamingAdaptationEvaluator,
@@ -32,14 +32,14 @@ from mgipt_monai import (
     TestTimeAdaptationHandler,
 )
 from mgipt_monai.handlers import WorkAheadHandler
-from mgipt_monai.networks import Guard
+from mgipt_monai.methods import Guard
 from tests.conftest import identical, same_state, snapshot, stream, tiny_network, without_times
 
 METHODS: dict[str, Callable[[nn.Module], AdaptationMethod]] = {
     "mgipt": lambda network: MGIPT(network, steps=2),
     "guarded": lambda network: MGIPT(network, steps=2, guard=Guard()),
     "released": lambda network: MGIPT.released(network, steps=1),
-    "steady": SiteCalibration,
+    "steady": SiteCorrection,
     "vptta": VPTTA,
     "bn": BatchNormAdaptation,
     "tent": lambda network: Tent(network, lr=0.01),

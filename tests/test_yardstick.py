@@ -37,7 +37,7 @@ def test_exact_method_is_the_yardstick(yardstick: ModuleType, tuning: str, dims:
 
 @pytest.mark.slow
 def test_yardstick_gives_the_released_outputs(yardstick: ModuleType) -> None:
-    golden = np.load(Path(__file__).parent / "data" / "mgipt_seed1.npz")
+    golden = np.load(Path(__file__).parent / "golden" / "mgipt_seed1.npz")
     measured = yardstick.Yardstick(golden_inputs.network(1), "released", jitter=golden_inputs.jitter)
     for i in range(2):
         probability = measured(golden_inputs.image(1000 + i)).sigmoid()[0]

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mgipt_monai.engines import StreamFailedError, StreamingAdaptationEvaluator
-from mgipt_monai.fingerprint import fingerprint
 from mgipt_monai.handlers import PeakMemoryHandler, TestTimeAdaptationHandler
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods import AdaptationMethod, Source
-from mgipt_monai.records import RecordFile
 from mgipt_monai.report.pictures import PictureWriter
-from mgipt_monai.state_file import atomic_path
+from mgipt_monai.stream.records import RecordFile
+from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.provenance import fingerprint
 
 from .results import SCHEMA, SCHEMA_VERSION, summarise
 from .tables import timing, write_images_csv

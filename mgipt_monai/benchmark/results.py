@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mgipt_monai.summary import image_means, worst_tenth
+from mgipt_monai.stream.summary import image_means, worst_tenth
 
 from .statistics import interval, per_case, shares, wilcoxon
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mgipt_monai.state_file import atomic_path
-from mgipt_monai.summary import image_means
-from mgipt_monai.versions import versions
+from mgipt_monai.stream.summary import image_means
+from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.provenance import versions
 
 __all__ = ["timing", "write_images_csv"]
 

@@ -3,17 +3,12 @@
 
 from __future__ import annotations
 
-from .adaptation_result import AdaptationResultd
-from .cameras import CAMERAS, Camera
-from .label_map import LabelMapd
-from .save_mask import SaveMaskd
-from .site_camera import SiteCamerad
-from .stream_dataset import StreamDataset
-from .stream_order import order_stream
-from .stream_share import share_stream
+from .dataset import StreamDataset
+from .demo import CAMERAS, Camera, SiteCamerad
+from .masks import AddUncertaintyd, LabelMapd, SaveMaskd, SaveUncertaintyd
+from .order import order_stream, share_stream
 from .streams import find_stream
-from .transforms import CheckImaged, LabelToChannelsd
-from .uncertainty import AddUncertaintyd, SaveUncertaintyd
+from .transforms import AdaptationResultd, CheckImaged, LabelToChannelsd
 
 __all__ = [
     "CAMERAS",

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mgipt_monai.data.stream_order import ORDERS, order_stream
+from mgipt_monai.data.order import ORDERS, order_stream
 from mgipt_monai.data.streams import find_stream
-from mgipt_monai.state_file import atomic_path
+from mgipt_monai.utils.files import atomic_path
 
 __all__ = ["write_datalist"]
 

@@ -11,9 +11,9 @@ from monai.config import KeysCollection
 from monai.transforms import MapTransform
 from torch import Tensor
 
-from mgipt_monai.methods.image_checks import check_image
+from mgipt_monai.methods.base import check_image
 
-__all__ = ["CheckImaged", "LabelToChannelsd"]
+__all__ = ["AdaptationResultd", "CheckImaged", "LabelToChannelsd"]
 
 
 class CheckImaged(MapTransform):
@@ -103,3 +103,40 @@ class LabelToChannelsd(MapTransform):
                 "set mask_ranges and mask_background to its coding"
             )
         return channels.float()
+
+
+class AdaptationResultd(MapTransform):
+    """Put the record of the request's image where MONAI Label takes its JSON answer from, under ``adaptation``.
+
+    Args:
+        keys: the prediction as :class:`mgipt_monai.PersistentInferer` returned it. Transforms that replace its meta
+            data (``Invertd``) come after this one.
+        result: key of the dict that the server answers with.
+
+    Raises:
+        ValueError: when called, if the prediction does not have the record of exactly one image.
+
+    Example:
+        >>> import torch
+        >>> from monai.data import MetaTensor
+        >>> pred = MetaTensor(torch.rand(2, 8, 8), meta={"adaptation": [{"position": 3}]})
+        >>> AdaptationResultd("pred")({"pred": pred})["result"]
+        {'adaptation': {'position': 3}}
+    """
+
+    def __init__(self, keys: KeysCollection, result: str = "result") -> None:
+        super().__init__(keys)
+        self.result = result
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add each key's record; nothing else changes."""
+        answer = dict(data.get(self.result, {}))
+        for key in self.keys:
+            rows = getattr(data[key], "meta", {}).get("adaptation", [])
+            if len(rows) != 1:
+                raise ValueError(
+                    f"{key} has the adaptation records of {len(rows)} images, one is needed: predict with a "
+                    "PersistentInferer, and put AdaptationResultd first in the postprocessing"
+                )
+            (answer["adaptation"],) = rows
+        return {**data, self.result: answer}

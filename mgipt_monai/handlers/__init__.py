@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from mgipt_monai.handlers.measure_source import SourceStatisticsHandler
+
 from .adaptation import TestTimeAdaptationHandler
 from .average_prompts import AveragePromptsHandler
 from .peak_memory import PeakMemoryHandler
 from .resumable_training import ResumableTrainingHandler
-from .source_statistics import SourceStatisticsHandler
 from .work_ahead import WorkAheadHandler
 
 __all__ = [

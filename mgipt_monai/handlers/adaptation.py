@@ -10,17 +10,21 @@ from typing import Any
 
 from ignite.engine import Engine, Events
 
-from mgipt_monai.audit_trail import AuditTrail, Identifiers
 from mgipt_monai.engines import AdaptationEvents
-from mgipt_monai.errors import root_cause
-from mgipt_monai.file_names import file_names
+from mgipt_monai.handlers.evaluators import (
+    agree_on_method,
+    check_engine,
+    hear_of_failure,
+    names_of,
+    records_of,
+    site_of,
+    skip_done,
+)
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.records import in_words
-from mgipt_monai.stream_file import StreamFile
-
-from .stream_position import names_of, records_of, site_of, skip_done
-from .supervised_evaluator import agree_on_method, check_engine, hear_of_failure
+from mgipt_monai.stream.records import AuditTrail, Identifiers, in_words
+from mgipt_monai.stream.state_file import StreamFile
+from mgipt_monai.utils.naming import file_names, root_cause
 
 __all__ = ["TestTimeAdaptationHandler"]
 
@@ -37,7 +41,7 @@ class TestTimeAdaptationHandler:
     Args:
         method: the adaptation method; None takes the one of the evaluator's own ``AdaptiveInferer``.
         state_path: file for the adaptation state and the place in the stream; None keeps no state.
-        record_path: file for the records, see :class:`mgipt_monai.audit_trail.AuditTrail`; None writes none.
+        record_path: file for the records, see :class:`mgipt_monai.stream.records.AuditTrail`; None writes none.
         resume: go on with an interrupted stream where ``state_path`` says, giving what one go would have given. The
             stream must be the same. False starts the stream, and its files, anew.
         start_from: state file of an earlier stream whose adaptation this one continues; not with ``resume``.

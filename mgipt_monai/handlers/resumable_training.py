@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from monai.data.utils import set_rnd
 
-from mgipt_monai.state_file import load_state, save_state
+from mgipt_monai.utils.files import load_state, save_state
 
 __all__ = ["ResumableTrainingHandler"]
 

@@ -13,10 +13,9 @@ from ignite.engine import Engine, Events
 from monai.inferers import Inferer
 from torch import Tensor, nn
 
+from mgipt_monai.handlers.evaluators import check_engine, hear_of_failure
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
-
-from .supervised_evaluator import check_engine, hear_of_failure
 
 __all__ = ["WorkAheadHandler"]
 

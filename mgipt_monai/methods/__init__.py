@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
+from mgipt_monai._renamed import renamed_names
+
 from .base import AdaptationMethod
 from .bn import BatchNormAdaptation
-from .cotta import CoTTA
-from .grata import GraTa
+from .guard import Guard, Verdict
 from .mgipt import MGIPT
-from .sar import SAR
-from .site_calibration import SiteCalibration
+from .site_correction import SiteCorrection
 from .source import Source
-from .tent import Tent
 from .vptta import VPTTA
+from .weight_updates import SAR, CoTTA, GraTa, Tent
 
 __all__ = [
     "MGIPT",
@@ -22,7 +22,11 @@ __all__ = [
     "BatchNormAdaptation",
     "CoTTA",
     "GraTa",
-    "SiteCalibration",
+    "Guard",
+    "SiteCorrection",
     "Source",
     "Tent",
+    "Verdict",
 ]
+
+__getattr__ = renamed_names(__name__, {"SiteCalibration": "mgipt_monai.methods.SiteCorrection"})

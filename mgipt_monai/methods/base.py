@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one interface behind which every test-time adaptation method stands."""
+"""The one interface of every test-time adaptation method."""
 
 from __future__ import annotations
 
@@ -9,15 +9,71 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
+from monai.transforms import Randomizable
 from torch import Tensor, nn
 
-from mgipt_monai.networks.state_checks import check_keys, check_number
-from mgipt_monai.networks.windows import ForwardRoute
+from mgipt_monai.networks.alignment.windows import ForwardRoute
+from mgipt_monai.utils.state_checks import check_keys, check_number
 
-from .image_checks import check_image
-from .settings import plain_settings
+__all__ = ["AdaptationMethod", "build_part", "check_image", "plain_settings"]
 
-__all__ = ["AdaptationMethod"]
+
+def check_image(image: Tensor) -> None:
+    """Check a batch of images (B, C, \\*spatial) before anything is adapted to it.
+
+    Raises:
+        ValueError: if it has no spatial axis, holds NaN or infinite values, or an image of it is constant.
+    """
+    if image.ndim < 3:
+        raise ValueError(f"expected a batch of images (B, C, *spatial), got shape {tuple(image.shape)}")
+    if not torch.isfinite(image).all():
+        bad = int((~torch.isfinite(image)).sum())
+        raise ValueError(f"the image has {bad} NaN or infinite values: repair or leave out the file")
+    values = image.flatten(1)
+    if (values.amax(dim=1) == values.amin(dim=1)).any():
+        raise ValueError("the image is constant, there is nothing to adapt to: leave out the file")
+
+
+NOT_SETTINGS = {"network", "training", "images_seen", "last"}
+
+
+def plain_settings(part: Any) -> dict[str, Any]:
+    """Return the public plain attributes of a method and of its parts, those that are None left out.
+
+    Args:
+        part: an adaptation method that has seen no image, or a part of one.
+
+    Example:
+        >>> from mgipt_monai.networks import PhotometricJitter
+        >>> plain_settings(PhotometricJitter())
+        {'brightness': 0.2, 'contrast': 0.2}
+    """
+    settings: dict[str, Any] = {}
+    for key, value in {**vars(part), **getattr(part, "_modules", {})}.items():
+        if key.startswith("_") or key in NOT_SETTINGS:
+            continue
+        if isinstance(value, (nn.Module, Randomizable)):
+            settings[key] = plain_settings(value)
+        elif isinstance(value, (bool, int, float, str)):
+            settings[key] = value
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float, str)) for v in value):
+            settings[key] = list(value)
+    return settings
+
+
+def build_part(kind: type, given: nn.Module | None, shared: dict[str, Any], own: dict[str, Any]) -> nn.Module:
+    """Build a part of a method from the settings that are not None, unless one is given.
+
+    Raises:
+        ValueError: for settings beside a given part.
+    """
+    settings = {name: value for name, value in {**shared, **own}.items() if value is not None}
+    if given is None:
+        return kind(**settings)
+    if settings:
+        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not beside it")
+    return given
+
 
 STATE_VERSION = 1
 
@@ -72,7 +128,7 @@ class AdaptationMethod(nn.Module, ABC):
             inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``. Prompts are those of the
                 whole image, so every window sees the same change.
             windows: in how many windows the image is looked at while it is adapted to (see
-                :class:`mgipt_monai.networks.windows.Windows`); a step costs as many forwards and backwards.
+                :class:`mgipt_monai.networks.alignment.windows.Windows`); a step costs as many forwards and backwards.
 
         Raises:
             TypeError: for another inferer, or a method that needs the whole image.

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mgipt_monai.networks.alignment import AlignedNorms
-from mgipt_monai.networks.norm_layers import NEEDS_BATCH_NORM, find_norm_layers
-
-from .base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
+from mgipt_monai.networks.alignment.norms import AlignedNorms
 
 __all__ = ["BatchNormAdaptation"]
 

@@ -7,8 +7,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from numbers import Integral
 
-from mgipt_monai.networks.global_prompts import GlobalPrompts
-from mgipt_monai.networks.instance_prompt import InstancePrompt
+from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
+from mgipt_monai.networks.prompts.instance_prompt import InstancePrompt
 
 __all__ = ["Plan", "fit", "plan"]
 

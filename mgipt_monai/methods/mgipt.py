@@ -12,17 +12,15 @@ import torch
 from monai.transforms import Randomizable
 from torch import Tensor, nn
 
-from mgipt_monai.networks.alignment import AlignedNorms
-from mgipt_monai.networks.early_stop import Head, check_head, consistency_score
+from mgipt_monai.methods.base import build_part
+from mgipt_monai.methods.guard.guard import Guard
+from mgipt_monai.methods.guard.guarded import GuardedMethod
+from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
 from mgipt_monai.networks.ensemble import ConfidenceEnsemble, MeanEnsemble
-from mgipt_monai.networks.global_prompts import GlobalPrompts
-from mgipt_monai.networks.guard import Guard
-from mgipt_monai.networks.instance_prompt import InstancePrompt
-from mgipt_monai.networks.jitter import PhotometricJitter
-from mgipt_monai.networks.source_statistics import SourceStatistics, read_statistics
-
-from .guarded import GuardedMethod
-from .settings import build_part
+from mgipt_monai.networks.prompts.early_stop import Head, PhotometricJitter, check_head, consistency_score
+from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
+from mgipt_monai.networks.prompts.instance_prompt import InstancePrompt
 
 __all__ = ["MGIPT"]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod
 
 __all__ = ["Source"]
 

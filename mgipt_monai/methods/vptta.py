@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from mgipt_monai.networks.blended_norms import BlendedNorms
-from mgipt_monai.networks.frequency_prompt import LowFrequencies
-from mgipt_monai.networks.prompt_step import check_step, check_tuning, loss_gradient
-from mgipt_monai.networks.source_statistics import SourceStatistics, read_statistics
-from mgipt_monai.networks.state_checks import check_finite, check_tensors
-
-from .base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.networks.alignment.norms import BlendedNorms
+from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
+from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_step, check_tuning, loss_gradient
+from mgipt_monai.utils.state_checks import check_finite, check_tensors
 
 __all__ = ["VPTTA"]
 

@@ -1,35 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the method as networks: each is usable alone, and as a ``_target_`` of a MONAI config."""
+"""The parts of the method as networks: each can be used alone, and as a ``_target_`` of a MONAI config."""
 
 from __future__ import annotations
 
-from .alignment import AlignedNorms
-from .blended_norms import BlendedNorms
-from .calibration import calibrate
-from .disagreement import disagreement
-from .early_stop import consistency_score, got_worse
-from .ensemble import ConfidenceEnsemble, MeanEnsemble
-from .frequency_prompt import FrequencyPrompt, LowFrequencies
-from .fused_normalization import alignment_loss, instance_statistics
-from .global_prompts import GlobalPrompts
-from .guard import Guard, Verdict
-from .instance_prompt import InstancePrompt, InstanceTuning
-from .jitter import PhotometricJitter
-from .measure_source import measure_source_statistics
-from .norm_layers import find_measurable_layers, find_norm_layers
-from .pranet import PraNet
-from .resunet import ResUNet
-from .site_norms import SiteNorms
-from .site_statistics import SiteStatistics
-from .source_statistics import LayerStatistics, SourceStatistics
+from mgipt_monai._renamed import renamed_names
+
+from .alignment import (
+    AlignedNorms,
+    BlendedNorms,
+    LayerStatistics,
+    SiteNorms,
+    SiteStatistics,
+    SourceStatistics,
+    alignment_loss,
+    calibrate,
+    find_measurable_layers,
+    find_norm_layers,
+    instance_statistics,
+    measure_source_statistics,
+)
+from .ensemble import ConfidenceEnsemble, MeanEnsemble, disagreement
+from .nets import BoundaryWeightedLoss, PraNet, ResUNet
+from .prompts import (
+    FrequencyPrompt,
+    GlobalPrompts,
+    InstancePrompt,
+    InstanceTuning,
+    LowFrequencies,
+    PhotometricJitter,
+    consistency_score,
+    got_worse,
+)
 
 __all__ = [
     "AlignedNorms",
     "BlendedNorms",
+    "BoundaryWeightedLoss",
     "ConfidenceEnsemble",
     "FrequencyPrompt",
     "GlobalPrompts",
-    "Guard",
     "InstancePrompt",
     "InstanceTuning",
     "LayerStatistics",
@@ -41,7 +50,6 @@ __all__ = [
     "SiteNorms",
     "SiteStatistics",
     "SourceStatistics",
-    "Verdict",
     "alignment_loss",
     "calibrate",
     "consistency_score",
@@ -52,3 +60,5 @@ __all__ = [
     "instance_statistics",
     "measure_source_statistics",
 ]
+
+__getattr__ = renamed_names(__name__, {"Guard": "mgipt_monai.methods.Guard", "Verdict": "mgipt_monai.methods.Verdict"})

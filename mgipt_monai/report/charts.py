@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from mgipt_monai.report.tables import percent
+
 from .chart_style import Chart, MethodStyle, as_svg, legend_below, method_styles, plain_axes
 from .folder import BenchmarkFolder
-from .formats import percent
 from .prompt_maps import prompt_chart
 from .stream_chart import WIDTH, stream_chart
 

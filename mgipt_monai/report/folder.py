@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mgipt_monai.records import RecordFile
-from mgipt_monai.summary import image_means
+from mgipt_monai.stream.records import RecordFile
+from mgipt_monai.stream.summary import image_means
 
 __all__ = ["BenchmarkFolder", "dsc_of", "image_of"]
 

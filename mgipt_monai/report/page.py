@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mgipt_monai.state_file import atomic_path
+from mgipt_monai.utils.files import atomic_path
 
 try:
     import jinja2
@@ -19,11 +19,11 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"the report needs {error.name}: pip install mgipt_monai[benchmark]") from error
 
+from mgipt_monai.report.tables import percent, points, site_table, summary_table
+
 from .charts import charts_of
 from .chosen import chosen_images
 from .folder import BenchmarkFolder
-from .formats import percent, points
-from .tables import site_table, summary_table
 from .verdict import verdict
 
 __all__ = ["page_environment", "write_report"]

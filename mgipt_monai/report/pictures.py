@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from mgipt_monai.state_file import atomic_path
+from mgipt_monai.utils.files import atomic_path
 
 __all__ = ["ADAPTED", "INPUT", "MASK", "PictureWriter", "picture_path", "read_masks", "write_masks"]
 

@@ -14,11 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from mgipt_monai.state_file import atomic_path
+from mgipt_monai.report.record_summary import time_of
+from mgipt_monai.utils.files import atomic_path
 
 from .chart_style import BASELINE, MAIN, Chart, as_svg, legend_below, plain_axes
 from .page import page_environment
-from .record_reader import time_of
 
 __all__ = ["record_charts", "write_record_page"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .formats import percent, points, probability, span
+from mgipt_monai.report.tables import percent, points, probability, span
 
 __all__ = ["verdict"]
 

@@ -15,8 +15,8 @@ from monai.bundle import ConfigWorkflow
 
 import mgipt_monai
 from mgipt_monai import Benchmark
-from mgipt_monai.data.cameras import CAMERAS
-from mgipt_monai.data.demo_stream import write_demo_stream
+from mgipt_monai.data.demo.cameras import CAMERAS
+from mgipt_monai.data.demo.stream import write_demo_stream
 from tests.bundle.conftest import BUNDLE, CONFIGS
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"

@@ -12,7 +12,7 @@ import pytest
 from mgipt_monai.benchmark.results import SCHEMA, SCHEMA_VERSION, summarise
 from mgipt_monai.benchmark.statistics import interval, per_case, wilcoxon
 from mgipt_monai.benchmark.tables import timing, write_images_csv
-from mgipt_monai.summary import worst_tenth
+from mgipt_monai.stream.summary import worst_tenth
 
 
 def rows(scores: dict[str, float | None], rounds: int = 1, **more: object) -> list[dict]:

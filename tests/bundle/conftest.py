@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mgipt_monai.data.cameras import CAMERAS
-from mgipt_monai.data.demo_stream import write_demo_stream
+from mgipt_monai.data.demo.cameras import CAMERAS
+from mgipt_monai.data.demo.stream import write_demo_stream
 from tests.module_runs import ONE_THREAD, ROOT, run_module
 
 BUNDLE = ROOT / "bundle"

@@ -23,7 +23,7 @@ from mgipt_monai import (
 from tests.bundle.conftest import BUNDLE, CONFIGS, ROOT
 
 PARTS = ("instance_prompt", "global_prompts", "ensemble", "jitter")
-SCHEMA = Path(__file__).parents[1] / "data" / "metadata_schema.json"
+SCHEMA = Path(__file__).parents[1] / "golden" / "metadata_schema.json"
 
 
 def workflow(tmp_path: Path, dataset_dir: Path, **settings) -> ConfigWorkflow:
@@ -125,7 +125,7 @@ def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
     train = set(yaml.safe_load((CONFIGS / "train.yaml").read_text()))
     own = {
         "evaluate.yaml": {"mask_ranges", "mask_background", "metrics"},
-        "calibrate.yaml": {"statistics"},
+        "source_statistics.yaml": {"statistics"},
         "benchmark.yaml": {"methods", "compare", "benchmark", "probability_metrics"},
         "hippocampus.yaml": {"probability_metrics"},
         "low_frequency_gain.yaml": {"gain"},

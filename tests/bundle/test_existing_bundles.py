@@ -19,12 +19,12 @@ from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
 
 from mgipt_monai import RecordFile, SourceStatistics, load_state
-from mgipt_monai.errors import root_cause
+from mgipt_monai.utils.naming import root_cause
 from tests.bundle.conftest import ROOT, run_bundle
 from tests.conftest import tiny_network
 
 ZOO = Path(__file__).parent / "zoo"
-ADAPT, CALIBRATE = (ROOT / "configs" / f"existing_{name}.yaml" for name in ("bundle", "calibrate"))
+ADAPT, MEASURE = (ROOT / "configs" / f"existing_{name}.yaml" for name in ("bundle", "source_statistics"))
 # voxels of unequal sides, turned and tilted: nothing that a transform may forget goes unnoticed
 AFFINE = np.array([[0, -1.6, 0.1, 3], [1.4, 0, 0.2, -40], [0, 0.3, 2.4, 5], [0, 0, 0, 1.0]])
 
@@ -128,7 +128,7 @@ def test_one_overlay_adapts_the_bundle(name: str, tmp_path: Path) -> None:
     }
     if not case.has_batch_norm:
         settings["statistics_path"] = root / "adaptation" / "source_statistics.pt"
-        run_bundle([config, CALIBRATE], dataset_dir=root / "source", adaptation_windows=case.windows, **run)
+        run_bundle([config, MEASURE], dataset_dir=root / "source", adaptation_windows=case.windows, **run)
         assert SourceStatistics.load(settings["statistics_path"]).images == 2
         assert not (root / "eval").exists()
     run_bundle([config, ADAPT], output_dir=root / "after", **run, **settings)
@@ -177,4 +177,4 @@ def test_without_statistics_the_error_names_the_overlay_that_makes_them(tmp_path
     with pytest.raises(RuntimeError) as caught:
         parser.get_parsed_content("adaptation")
     assert "x GroupNorm" in root_cause(caught.value)
-    assert "configs/existing_calibrate.yaml" in root_cause(caught.value)
+    assert "configs/existing_source_statistics.yaml" in root_cause(caught.value)

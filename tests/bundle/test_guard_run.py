@@ -8,8 +8,8 @@ from pathlib import Path
 import yaml
 
 from mgipt_monai import RecordFile
-from mgipt_monai.methods.settings import plain_settings
-from mgipt_monai.networks import Guard
+from mgipt_monai.methods import Guard
+from mgipt_monai.methods.base import plain_settings
 from tests.bundle.conftest import CONFIGS, QUICK, ROOT, run_bundle
 
 INFERENCE, OVERLAY = CONFIGS / "inference.yaml", ROOT / "configs" / "guard.yaml"
@@ -42,5 +42,5 @@ def test_fallback_writes_the_mask_of_a_run_without_adaptation_and_says_so(tmp_pa
 
 def test_overlay_has_the_guards_defaults() -> None:
     overlay = yaml.safe_load(OVERLAY.read_text())["guard"]
-    assert overlay.pop("_target_") == "mgipt_monai.networks.Guard"
+    assert overlay.pop("_target_") == "mgipt_monai.methods.Guard"
     assert overlay == plain_settings(Guard())

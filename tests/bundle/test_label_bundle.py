@@ -18,7 +18,7 @@ from PIL import Image
 
 from mgipt_monai import label_app
 from mgipt_monai.label_app import write_label_bundle
-from mgipt_monai.stream_file import read
+from mgipt_monai.stream.state_file import read
 
 from .conftest import BUNDLE
 

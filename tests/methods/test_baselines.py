@@ -26,16 +26,15 @@ from mgipt_monai import (
     BatchNormAdaptation,
     CoTTA,
     GraTa,
-    SiteCalibration,
+    SiteCorrection,
     Source,
     Tent,
 )
-from mgipt_monai.methods import grata
-from mgipt_monai.methods.prediction_losses import confidence, entropy, logits_of, probabilities
-from mgipt_monai.methods.sar import uphill
-from mgipt_monai.methods.trained_copy import norm_affine_names
-from mgipt_monai.methods.views import mean_probabilities, scales_and_flips, turns_and_flips
-from mgipt_monai.methods.weight_adaptation import WeightAdaptation
+from mgipt_monai.methods.weight_updates import grata
+from mgipt_monai.methods.weight_updates.base import WeightAdaptation, norm_affine_names
+from mgipt_monai.methods.weight_updates.losses import confidence, entropy, logits_of, probabilities
+from mgipt_monai.methods.weight_updates.sar import uphill
+from mgipt_monai.methods.weight_updates.views import mean_probabilities, scales_and_flips, turns_and_flips
 from mgipt_monai.networks import AlignedNorms
 from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
@@ -60,7 +59,7 @@ METHODS: dict[str, Callable[..., AdaptationMethod]] = {
     "sar": sar,
     "cotta": cotta,
     "grata": GraTa,
-    "steady": SiteCalibration,
+    "steady": SiteCorrection,
 }
 TRAINED = [name for name in METHODS if name not in ("bn", "steady")]
 AFFINE_ONLY = ["tent", "sar", "grata"]
@@ -217,7 +216,7 @@ def test_odd_sizes_networks_that_shrink_and_meta_data(name: str) -> None:
 def test_network_without_usable_norm_layer_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"found 2 x InstanceNorm2d.*needs batch norm.*MGIPT with a stat") as caught:
         build(name, UNet(2, 1, 1, channels=(4, 8), strides=(2,), norm="instance"))
-    assert "calibrate.yaml" not in str(caught.value)  # a statistics file would not help this method
+    assert "source-statistics" not in str(caught.value)  # a statistics file would not help this method
     with pytest.raises(ValueError, match="'decoder' matches no batch norm"):
         build(name, aligned_layers="decoder")
     with pytest.raises(TypeError, match="already adapts"):
@@ -302,9 +301,9 @@ def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
         (CoTTA, {"scales": (1, 0)}, r"\(1, 0\)"),
         (CoTTA, {"seed": -3}, "-3"),
         (GraTa, {"lr": math.inf}, "inf"),
-        (SiteCalibration, {"trust": 0}, "trust .* got 0"),
-        (SiteCalibration, {"image_share": 1.5}, "image_share .* 1.5"),
-        (SiteCalibration, {"head": "relu"}, "'relu'"),
+        (SiteCorrection, {"trust": 0}, "trust .* got 0"),
+        (SiteCorrection, {"image_share": 1.5}, "image_share .* 1.5"),
+        (SiteCorrection, {"head": "relu"}, "'relu'"),
     ],
 )
 def test_wrong_settings_fail_at_construction_with_the_value(method: type, settings: dict, message: str) -> None:
@@ -313,7 +312,7 @@ def test_wrong_settings_fail_at_construction_with_the_value(method: type, settin
 
 
 def test_everything_is_exported() -> None:
-    assert {"SAR", "BatchNormAdaptation", "CoTTA", "GraTa", "SiteCalibration", "Tent"} <= set(mgipt_monai.__all__)
+    assert {"SAR", "BatchNormAdaptation", "CoTTA", "GraTa", "SiteCorrection", "Tent"} <= set(mgipt_monai.__all__)
 
 
 # --- methods that change weights

@@ -8,8 +8,9 @@ import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer
 
 from mgipt_monai import MGIPT, AdaptiveInferer
+from mgipt_monai.methods import Guard
 from mgipt_monai.methods.budget import Plan, plan
-from mgipt_monai.networks import Guard, InstancePrompt
+from mgipt_monai.networks import InstancePrompt
 from tests.conftest import same_state, stream, tiny_network
 
 WHOLE = Plan((1, 3, 5), 7, (3, 5, 7))

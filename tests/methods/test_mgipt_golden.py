@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from mgipt_monai import MGIPT
 from tests import golden_inputs
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent.parent / "golden"
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

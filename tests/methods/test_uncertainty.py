@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mgipt_monai import MGIPT
-from mgipt_monai.networks import Guard
+from mgipt_monai.methods import Guard
 from tests.conftest import same_state, tiny_network
 
 

@@ -17,7 +17,7 @@ from mgipt_monai.networks import BlendedNorms, LowFrequencies
 from tests import golden_inputs
 from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parent.parent / "golden"
 
 
 def small(**settings: object) -> VPTTA:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mgipt_monai.networks import calibrate, instance_statistics
-from mgipt_monai.networks.calibration import check_normalization
+from mgipt_monai.networks.alignment.norms import check_normalization
 
 SPATIAL = [(9,), (6, 7), (3, 4, 5)]
 

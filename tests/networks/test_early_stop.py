@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mgipt_monai.networks import consistency_score, got_worse
-from mgipt_monai.networks.early_stop import binarize, check_head
+from mgipt_monai.networks.prompts.early_stop import binarize, check_head
 
 SMOOTH = 1e-5
 

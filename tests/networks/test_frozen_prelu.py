@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from mgipt_monai.networks import AlignedNorms
-from mgipt_monai.networks.frozen_prelu import FrozenPReLU
+from mgipt_monai.networks.alignment.shortcuts import FrozenPReLU
 
 
 def network(slope: float, parameters: int = 1) -> nn.Sequential:

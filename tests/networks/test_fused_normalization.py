@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mgipt_monai.networks import alignment_loss, calibrate, instance_statistics
-from mgipt_monai.networks.fused_normalization import align
+from mgipt_monai.networks.alignment.fused import Blend, align
 
 SPATIAL = [(9,), (6, 7), (3, 4, 5)]
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -29,7 +29,8 @@ def stored(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def fused(x: Tensor, layer: nn.Module, weight: float) -> tuple[Tensor, Tensor]:
-    return align(x, layer, lambda m, s: calibrate(m, s, *stored(layer), weight), 1 - weight, lambda m, s: stored(layer))
+    mean, std = stored(layer)
+    return align(x, layer, lambda m, s: Blend(mean, std.square(), weight), lambda m, s: (mean, std))
 
 
 def plain(x: Tensor, layer: nn.Module, weight: float) -> tuple[Tensor, Tensor]:
@@ -87,7 +88,7 @@ def test_no_gradient_passes_through_a_blend_that_is_taken_as_given() -> None:
     torch.manual_seed(0)
     layer, x = norm_layer(2, affine=False), torch.randn(1, 3, 5, 5, requires_grad=True)
     direction = torch.randn_like(x)
-    normalised, loss = align(x, layer, lambda m, s: (m, s.square()), 0.0, None)
+    normalised, loss = align(x, layer, lambda m, s: Blend(m, s.square(), 0.0, fixed=True))
     assert loss is None
     (gradient,) = torch.autograd.grad((normalised * direction).sum(), x)
     variance = x.detach().var((2, 3), keepdim=True)
@@ -101,7 +102,7 @@ def test_with_the_biased_variance_it_is_instance_norm(spatial: tuple[int, ...], 
     layer = norm_layer(len(spatial), affine)
     x = torch.randn(2, 3, *spatial) * 3 + 1
     voxels = x[0, 0].numel()
-    made, _ = align(x, layer, lambda m, s: (m, s.square() * (voxels - 1) / voxels), 1.0, None)
+    made, _ = align(x, layer, lambda m, s: Blend(m, s.square() * (voxels - 1) / voxels, 1.0))
     expected = functional.instance_norm(x, weight=layer.weight, bias=layer.bias, eps=layer.eps)
     torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
 

@@ -6,8 +6,9 @@ import inspect
 import pytest
 import torch
 
-from mgipt_monai.networks import GlobalPrompts, Guard
-from mgipt_monai.networks.thresholds import THRESHOLDS
+from mgipt_monai.methods import Guard
+from mgipt_monai.methods.guard.guard import THRESHOLDS
+from mgipt_monai.networks import GlobalPrompts
 from tests.conftest import same_state
 
 OFF = dict.fromkeys(THRESHOLDS)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mgipt_monai import measure_source_statistics
 from mgipt_monai.networks import AlignedNorms
-from mgipt_monai.networks.layer_features import layer_features
+from mgipt_monai.networks.alignment.layers import layer_features
 from tests.conftest import tiny_network
 
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from mgipt_monai.networks.loss_memory import CLIP, MIN_SPREAD, LossMemory
+from mgipt_monai.methods.guard.loss_memory import CLIP, MIN_SPREAD, LossMemory
 
 
 def remembering(losses: list[float], warm_up: int = 10) -> LossMemory:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mgipt_monai.networks import AlignedNorms
-from mgipt_monai.networks.windows import parts
+from mgipt_monai.networks.alignment.windows import parts
 from tests.conftest import identical, snapshot, stream, tiny_network
 
 

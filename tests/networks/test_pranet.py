@@ -14,13 +14,13 @@ from monai.inferers import SlidingWindowInferer
 from monai.losses import DeepSupervisionLoss
 
 from mgipt_monai import MGIPT, load_source_weights
-from mgipt_monai.losses import BoundaryWeightedLoss
 from mgipt_monai.networks import AlignedNorms, PraNet
-from mgipt_monai.networks.norm_layers import has_stored_statistics
+from mgipt_monai.networks.alignment.layers import has_stored_statistics
+from mgipt_monai.networks.nets.losses import BoundaryWeightedLoss
 from tests.conftest import identical, snapshot
 from tests.golden_inputs import fill, image
 
-GOLDEN = Path(__file__).parents[1] / "data" / "pranet.npz"
+GOLDEN = Path(__file__).parents[1] / "golden" / "pranet.npz"
 ENCODER = r"^resnet\."
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from mgipt_monai.networks.resunet import ResUNet
+from mgipt_monai.networks.nets.resunet import ResUNet
 from tests.golden_inputs import fill, image
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parents[1] / "golden"
 BACKBONES = ("resnet34", "resnet50")
 
 

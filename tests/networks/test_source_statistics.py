@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mgipt_monai import MGIPT, SourceStatistics, measure_source_statistics
-from mgipt_monai.fingerprint import fingerprint
+from mgipt_monai.utils.provenance import fingerprint
 from tests.conftest import MixedNet, identical, snapshot, stream, tiny_network
 
-CALIBRATE = r"python -m monai.bundle run .*bundle/configs/calibrate\.yaml.* --dataset_dir SOURCE_IMAGES"
+MEASURE = "mgipt source-statistics SOURCE_IMAGES FILE --weights WEIGHTS"
 
 
 def same(one: SourceStatistics, other: SourceStatistics) -> bool:
@@ -200,7 +200,7 @@ def test_other_weights_are_refused_with_the_command_that_helps() -> None:
     statistics = measure_source_statistics(network, stream(1))
     statistics.check(copy.deepcopy(network))
     network.head.bias.data[0] += 1
-    with pytest.raises(ValueError, match=f"the statistics were made for other weights than this MixedNet.*{CALIBRATE}"):
+    with pytest.raises(ValueError, match=f"the statistics were made for other weights than this MixedNet.*{MEASURE}"):
         statistics.check(network)
 
 
@@ -235,13 +235,13 @@ def test_file_of_something_else_is_refused_with_its_name(tmp_path: Path, how: st
     path = tmp_path / "statistics.pt"
     measure_source_statistics(MixedNet(), stream(1)).save(path)
     torch.save(spoil(torch.load(path, weights_only=True), how), path)
-    with pytest.raises(ValueError, match=rf"statistics\.pt is not a readable statistics file.*{CALIBRATE}"):
+    with pytest.raises(ValueError, match=rf"statistics\.pt is not a readable statistics file.*{MEASURE}"):
         SourceStatistics.load(path)
 
 
 def test_file_that_is_absent_broken_or_code_is_refused_with_its_name(tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
-    with pytest.raises(FileNotFoundError, match=rf"no statistics file at .*statistics\.pt.*{CALIBRATE}"):
+    with pytest.raises(FileNotFoundError, match=rf"no statistics file at .*statistics\.pt.*{MEASURE}"):
         SourceStatistics.load(path)
     path.write_bytes(b"junk")
     with pytest.raises(ValueError, match="not a readable statistics file"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mgipt_monai import MGIPT, VPTTA, AdaptiveInferer, BatchNormAdaptation, Source, Tent, TestTimeAdaptationHandler
 from mgipt_monai.networks import FrequencyPrompt
-from mgipt_monai.networks.windows import ForwardRoute, Windows
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
 
 
 def network(dims: int = 3, channels: int = 1) -> nn.Module:

@@ -12,7 +12,7 @@ from scipy.stats import wilcoxon
 
 from mgipt_monai import RecordFile
 from mgipt_monai.report.pictures import ADAPTED, INPUT, MASK, picture_path, write_masks
-from mgipt_monai.summary import image_means
+from mgipt_monai.stream.summary import image_means
 
 SITES = ("A", "B <&> C")
 METRICS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mgipt_monai import RecordFile
-from mgipt_monai.report.comparison import load_results, markdown
+from mgipt_monai.benchmark.comparison import load_results, markdown
 
 
 def write(folder: Path, scores: dict[str, float], cost: int) -> Path:
@@ -63,7 +63,7 @@ def test_command_prints_the_tables_of_runs_and_of_a_benchmark(tmp_path: Path) ->
     (tmp_path / "results.json").write_text(json.dumps(load_results(folders)))
     printed = [
         subprocess.run(
-            [sys.executable, "-m", "mgipt_monai.report.comparison", *map(str, paths)],
+            [sys.executable, "-m", "mgipt_monai.benchmark.comparison", *map(str, paths)],
             capture_output=True,
             text=True,
             check=True,

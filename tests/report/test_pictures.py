@@ -22,7 +22,7 @@ from monai.transforms import (
 from PIL import Image
 
 from mgipt_monai import AdaptiveInferer, Source, StreamingAdaptationEvaluator
-from mgipt_monai.data.stream_dataset import StreamDataset
+from mgipt_monai.data.dataset import StreamDataset
 from mgipt_monai.report import PictureWriter
 from mgipt_monai.report.pictures import ADAPTED, INPUT, MASK, picture_path, read_masks, write_masks
 from tests.conftest import tiny_network

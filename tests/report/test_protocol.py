@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mgipt_monai.benchmark import summarise
-from mgipt_monai.report.protocol import main, protocol_rows, write_tables
+from mgipt_monai.benchmark.protocol import main, protocol_rows, write_tables
 
 
 def results(scores: dict[str, list[list[float]]], failed: int = 0) -> dict:

@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mgipt_monai.report import records
-from mgipt_monai.report.alerts import alerts
-from mgipt_monai.report.record_reader import read_records
-from mgipt_monai.report.record_table import record_table
+from mgipt_monai.report import record_summary as records
+from mgipt_monai.report.record_summary import alerts, read_records, record_table
 
 START = datetime(2026, 1, 30, 8, tzinfo=timezone.utc)
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mgipt_monai.data.datalists import write_datalist
 from mgipt_monai.data.streams import IMAGES, MASKS
-from mgipt_monai.state_file import atomic_path
+from mgipt_monai.utils.files import atomic_path
 
 from .cropping import disc_window, resize
 from .layout import Layout, Sample

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mgipt_monai.data.datalist_readers import read_csv
-from mgipt_monai.data.streams import stem
+from mgipt_monai.data.streams import read_csv, stem
 
 from .layout import Layout, Sample
 from .mask_files import grey_disc_and_cup

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which calibration helps, when, and what could have told: the tables of docs/accuracy.md.
+
+The configs are those of `python -m monai.bundle run`, read from the repository's root; every view of an image is
+predicted once and fused in all the ways that are compared. Printed are DSC against no adaptation, and how label-free
+signals correlate with the gain:
+
+    python benchmarks/site_study.py configs/fundus_odoc.yaml --dataset_dir SITES --ckpt_path WEIGHTS.pt \\
+      --sites rimone_r2,drishti_gs --limit 40
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from monai.bundle import ConfigWorkflow
+from monai.metrics import compute_dice
+from scipy.stats import spearmanr
+from torch import Tensor
+from torch.nn import functional
+
+from mgipt_monai.benchmark.statistics import shares
+from mgipt_monai.networks import InstancePrompt, SiteNorms, SiteStatistics
+from mgipt_monai.stream.summary import worst_tenth
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = [str(ROOT / "bundle" / "configs" / name) for name in ("inference.yaml", "evaluate.yaml")]
+SOURCE_WEIGHTS = (0.9, 0.8, 0.6, 0.0)
+PROMPT_SIDES = (1, 3)
+TRUSTS = ((1, 1), (2, 1), (3, 1), (2, 2), (2.5, 2), (3, 2), (3, 4))
+
+
+def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) -> tuple[dict[str, Tensor], float]:
+    """Return the image's predictions under each calibration, and the evidence for another site."""
+    norms.start(image)
+    site.begin()
+    seen = {"source": norms.predict(image), "source, flipped": norms.predict(image.flip(-1)).flip(-1)}
+    for norms.source_weight in SOURCE_WEIGHTS:
+        seen[f"image, source weight {norms.source_weight}"] = norms.predict(image, "calibrated")
+    norms.source_weight = 0.8
+    seen["image, flipped"] = norms.predict(image.flip(-1), "calibrated").flip(-1)
+    with norms.calibrated_to(site, looks=True):
+        seen["site"] = norms.predict(image, "calibrated")
+    evidence = site.evidence
+    with norms.calibrated_to(site, image_share=0.2):
+        seen["site and image"] = norms.predict(image, "calibrated")
+    if prompts:
+        with norms.calibrated_to(site):
+            for side in PROMPT_SIDES:
+                prompt = InstancePrompt(range(1, side + 1, 2), early_stop=False)
+                with torch.enable_grad():
+                    prompt.tune(image, lambda prompted: norms.loss(prompted, "calibrated"), lambda _: 0.0)
+                seen[f"site, prompt of side {side}"] = norms.predict(prompt(image), "calibrated")
+    site.end()
+    return seen, evidence
+
+
+def fusions(seen: dict[str, Tensor], evidence: float) -> dict[str, Tensor]:
+    """Return the predictions that are compared."""
+    source, site, both = seen["source"], seen["site"], seen["site and image"]
+    compared = {name: logits for name, logits in seen.items() if "flipped" not in name}
+    compared["mean of source and its flipped view"] = (source + seen["source, flipped"]) / 2
+    compared["half source, half site"] = (source + site) / 2
+    for trust, power in TRUSTS:
+        weight = min(1.0, (trust * evidence) ** power)
+        compared[f"fused, trust {trust:g}, power {power:g}"] = torch.lerp(source, (site + both) / 2, weight)
+    return compared
+
+
+def signals(seen: dict[str, Tensor], evidence: float) -> dict[str, float]:
+    """Return what could tell, without a label, whether calibrating to the image helps."""
+
+    def entropy(logits: Tensor) -> float:
+        p = logits.sigmoid()
+        near = p.amax(dim=1, keepdim=True).expand_as(p) > 0.1
+        both = torch.special.entr(p) + torch.special.entr(1 - p)
+        return both[near].mean().item() if near.any() else float(np.log(2))
+
+    def overlap(one: Tensor, other: Tensor) -> float:
+        return compute_dice(one.gt(0).flatten(1)[:, None], other.gt(0).flatten(1)[:, None]).nan_to_num(1.0).item()
+
+    source, image = seen["source"], seen["image, source weight 0.8"]
+    area = [(logits > 0)[:, -1].sum().item() + 1 for logits in (source, image)]
+    return {
+        "entropy falls": entropy(source) - entropy(image),
+        "agrees more with its flipped view": overlap(image, seen["image, flipped"])
+        - overlap(source, seen["source, flipped"]),
+        "agreement with the source": overlap(source, image),
+        "last structure grows": float(np.log(area[1] / area[0])),
+        "evidence of another site": evidence,
+    }
+
+
+def dice(logits: Tensor, label: Tensor) -> float:
+    """Mean DSC in percent over the structures at the mask's size, 100 where an empty one is predicted empty."""
+    mode = "trilinear" if label.ndim == 5 else "bilinear"
+    logits = functional.interpolate(logits, size=label.shape[2:], mode=mode)
+    return 100 * compute_dice((logits > 0).float(), label).nan_to_num(1.0).mean().item()
+
+
+def study(configs: Sequence[str], prompts: bool, **settings: object) -> None:
+    """Run over the stream and print both tables."""
+    workflow = ConfigWorkflow(
+        config_file=[*CONFIGS, *configs], workflow_type="infer", logging_file=False, bundle_root=str(ROOT / "bundle"),
+        output_dir="unused", **settings,
+    )  # fmt: skip
+    workflow.parser["handlers"], workflow.parser["evaluator#summary_path"] = [], None
+    workflow.initialize()
+    get: Callable = workflow.parser.get_parsed_content
+    norms, site = SiteNorms(get("network").eval().requires_grad_(False)), SiteStatistics()
+    rows, told = [], []
+    with torch.no_grad():
+        for batch in get("dataloader"):
+            image, label = batch["image"].as_tensor(), batch["label"].as_tensor()
+            seen, evidence = views(norms, site, image, prompts)
+            rows.append({name: dice(logits, label) for name, logits in fusions(seen, evidence).items()})
+            told.append({"gain": rows[-1]["image, source weight 0.8"] - rows[-1]["source"], **signals(seen, evidence)})
+    source = np.array([row["source"] for row in rows])
+    print("| prediction | DSC | gain | worse by > 1 | worst tenth |", "|---|--:|--:|--:|--:|", sep="\n")
+    for name in rows[0]:
+        values = np.array([row[name] for row in rows])
+        gain = values - source
+        worse, _ = shares(gain / 100)
+        print(
+            f"| {name} | {values.mean():.2f} | {gain.mean():+.2f} | {100 * worse:.0f} % | {worst_tenth(values):.2f} |"
+        )
+    print("\n| signal | rank correlation with the gain of calibrating to the image |", "|---|--:|", sep="\n")
+    for name in list(told[0])[1:]:
+        correlation = spearmanr([row[name] for row in told], [row["gain"] for row in told])[0]
+        print(f"| {name} | {correlation:+.2f} |")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", help="overlays, such as the task's and a shift's")
+    parser.add_argument("--dataset_dir", required=True)
+    parser.add_argument("--ckpt_path", required=True)
+    parser.add_argument("--sites", help="comma-separated, in their order; default all")
+    parser.add_argument("--limit", type=int, help="images of each site at most")
+    parser.add_argument("--severity", type=float, help="of configs/shifts/cameras.yaml")
+    parser.add_argument("--prompts", action="store_true", help="instance prompts on top of the site's calibration, too")
+    options = vars(parser.parse_args(arguments))
+    configs, prompts = options.pop("configs"), options.pop("prompts")
+    options["sites"] = options["sites"].split(",") if options["sites"] else None
+    study(configs, prompts, **{key: value for key, value in options.items() if value is not None})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several methods over one labelled stream side by side, as Markdown: who gains, and who is harmed.
+
+Run as ``mgipt compare BENCHMARK`` on the folder of a benchmark, or on the output folders of single runs,
+``RESULTS/source RESULTS/mgipt``, of which the first is held against the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mgipt_monai.benchmark.results import summarise
+from mgipt_monai.stream.records import RecordFile
+from mgipt_monai.stream.summary import ALL
+
+__all__ = ["load_results", "markdown", "markdown_table"]
+
+
+def load_results(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
+    """Return the results of a benchmark's folder, or summarise the records of several runs of ``evaluate.yaml``.
+
+    Raises:
+        FileNotFoundError: if the one folder has no ``results.json``.
+        ValueError: if the runs are not over the same images.
+    """
+    if len(folders) == 1:
+        return json.loads((Path(folders[0]) / "results.json").read_text(encoding="utf-8"))
+    runs = {Path(folder).name: RecordFile(Path(folder) / "records.jsonl").read() for folder in folders}
+    return summarise(runs, baseline=next(iter(runs)))
+
+
+def markdown(results: dict[str, Any], metric: str = "dsc") -> str:
+    """Write two tables in Markdown: the means per site, and what can be said over all images.
+
+    Metrics in [0, 1] are in percent. ``gain`` is the difference from the baseline with its 95 % interval, ``worse`` the
+    share of images more than one point below it, ``F`` the forwards and backwards per image.
+    """
+    percent = results["metrics"][metric]["percent"]
+    scale = 100 if percent else 1
+    sites, overall = [], []
+    for name, method in results["methods"].items():
+        figures = method["metrics"][metric]
+        for site, values in figures["sites"].items():
+            shown = {"site": site, "images": values["images"], "method": name}
+            shown |= {c: f"{scale * v:.2f}" for c, v in [*values["classes"].items(), ("mean", values["mean"])]}
+            sites.append(shown | {"worst tenth": f"{scale * values['worst_tenth']:.2f}"})
+        overall.append(_overall(name, method, figures, metric, scale, results))
+    order = {site: i for i, site in enumerate([*results["stream"]["sites"], ALL])}
+    sites.sort(key=lambda row: order[row["site"]])
+    return "\n\n".join(markdown_table(rows) for rows in (sites, overall))
+
+
+def _overall(
+    name: str, method: dict[str, Any], figures: dict[str, Any], metric: str, scale: float, results: dict[str, Any]
+) -> dict[str, str]:
+    row = {"method": name} | {c: f"{scale * v:.2f}" for c, v in figures["classes"].items()}
+    row["mean [95 %]"] = f"{scale * figures['mean']:.2f}{_bounds(figures['interval'], scale)}"
+    against = (method["against_baseline"] or {}).get(metric)
+    row["gain [95 %]"] = f"{scale * against['gain']:+.2f}{_bounds(against['interval'], scale, '+')}" if against else ""
+    row["p"] = "" if not against or against["p_value"] is None else f"{against['p_value']:.2g}"
+    worse = against["worse"] if against else None
+    row["worse"] = "" if worse is None else f"{100 * worse:.0f} %"
+    row["worst tenth"] = f"{scale * figures['worst_tenth']:.2f}"
+    if figures["degradation"] is not None:
+        row["rounds"] = " / ".join(f"{scale * value:.2f}" for value in figures["rounds"])
+        row["degradation"] = f"{scale * figures['degradation']:+.2f}"
+    for other, reading in results["metrics"].items():
+        if other != metric and other in method["metrics"]:
+            row[other] = f"{(100 if reading['percent'] else 1) * method['metrics'][other]['mean']:.2f}"
+    return row | {"F": f"{method['forwards'] + method['backwards']:.1f}"}
+
+
+def _bounds(interval: Sequence[float] | None, scale: float, sign: str = "") -> str:
+    return "" if interval is None else " [" + ", ".join(f"{scale * bound:{sign}.2f}" for bound in interval) + "]"
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Write rows, each from column to text, as one table; a column that a row lacks is empty there."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main() -> None:
+    """Print the tables of the folders given on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folders", nargs="+", help="a benchmark's folder, or those of several runs")
+    parser.add_argument("--metric", default="dsc")
+    arguments = parser.parse_args()
+    print(markdown(load_results(arguments.folders), arguments.metric))
+
+
+if __name__ == "__main__":
+    main()

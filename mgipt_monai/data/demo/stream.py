@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the demo's sites to disk: synthetic eyes photographed by several cameras, as PNG pairs.
+
+Run as ``python -m mgipt_monai.data.demo.stream --folder demo --cameras source,low_contrast --count 16``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mgipt_monai.data.demo.cameras import CAMERAS, Camera
+from mgipt_monai.data.demo.fundus import fundus_scene
+
+
+def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, size: int = 128) -> list[dict[str, str]]:
+    """Write one site: `count` different eyes seen by one camera, each photograph with slightly varied settings.
+
+    Writes ``<folder>/<camera.name>/images/eye_000.png`` (8-bit RGB) and ``.../masks/eye_000.png`` (8-bit grey, coded
+    0 background, 1 disc rim, 2 cup). The same arguments write the same bytes; cameras of different names see
+    different eyes.
+
+    Args:
+        folder: parent folder, created if missing; files of the same names are replaced.
+        camera: the site's camera; its name is the site's name.
+        count: number of eyes, at least 1.
+        seed: non-negative integer.
+        size: side of the square images in pixels.
+
+    Returns:
+        A MONAI datalist, one ``{"image": path, "label": path, "site": name}`` for each eye.
+
+    Raises:
+        ValueError: if `count` or `seed` is out of range.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     items = write_demo_site(folder, CAMERAS["source"], count=2, seed=0, size=64)
+        >>> len(items), items[0]["site"], items[1]["image"][-11:]
+        (2, 'source', 'eye_001.png')
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; a site needs at least 1 eye")
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; pass a non-negative integer")
+    site = Path(folder) / camera.name
+    for kind in ("images", "masks"):
+        (site / kind).mkdir(parents=True, exist_ok=True)
+    items = []
+    for index in range(count):
+        # crc32 and not hash(), which python salts anew in every process
+        sequence = np.random.SeedSequence([seed, zlib.crc32(camera.name.encode()), index])
+        eye, settings, noise = (int(word) for word in sequence.generate_state(3))
+        scene, mask = fundus_scene(eye, size)
+        photograph = camera.jittered(settings)(scene, noise)
+        image_path, mask_path = (site / kind / f"eye_{index:03d}.png" for kind in ("images", "masks"))
+        Image.fromarray(np.round(photograph * 255).astype(np.uint8)).save(image_path)
+        Image.fromarray(mask).save(mask_path)
+        items.append({"image": str(image_path), "label": str(mask_path), "site": camera.name})
+    return items
+
+
+def write_demo_stream(
+    folder: str | Path, cameras: Sequence[Camera], count: int, seed: int = 0, size: int = 128
+) -> list[dict[str, str]]:
+    """Write several sites, one after the other, and return their joined datalist in stream order.
+
+    Args:
+        folder: parent folder of the sites.
+        cameras: the sites' cameras in the order the stream visits them.
+        count: number of eyes for each site.
+        seed: non-negative integer.
+        size: side of the square images in pixels.
+
+    Raises:
+        ValueError: if two cameras share a name, as they would write over each other, or as in `write_demo_site`.
+    """
+    names = [camera.name for camera in cameras]
+    if len(set(names)) < len(names):
+        raise ValueError(f"camera names are {names}; give each camera its own name, as it names the site's folder")
+    return [item for camera in cameras for item in write_demo_site(folder, camera, count, seed, size)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a demo stream as told on the command line and print one line for each site."""
+    parser = argparse.ArgumentParser(description="Write synthetic fundus sites (images and masks) for the demo.")
+    parser.add_argument("--folder", required=True, help="where to write; created if missing")
+    parser.add_argument("--cameras", default=",".join(CAMERAS), help="comma-separated, from: %(default)s")
+    parser.add_argument("--count", type=int, default=16, help="eyes for each camera (default %(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="image side in pixels (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="names the whole stream (default %(default)s)")
+    options = parser.parse_args(arguments)
+    names = [name.strip() for name in options.cameras.split(",")]
+    unknown = [name for name in names if name not in CAMERAS]
+    if unknown:
+        parser.error(f"no camera is named {', '.join(map(repr, unknown))}; choose from {', '.join(CAMERAS)}")
+    try:
+        write_demo_stream(options.folder, [CAMERAS[n] for n in names], options.count, options.seed, options.size)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    for name in names:
+        print(f"{name}: {options.count} eyes in {Path(options.folder) / name}")
+
+
+if __name__ == "__main__":
+    main()

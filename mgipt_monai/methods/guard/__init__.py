@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A guard around any method: whether its prediction is used, and whether it learns from the image."""
+
+from __future__ import annotations
+
+from .guard import Guard, Verdict
+
+__all__ = ["Guard", "Verdict"]

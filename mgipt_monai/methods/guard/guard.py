@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The thresholds of the guard: which signal each bounds, and what is said where one is crossed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mgipt_monai.methods.guard.loss_memory import LossMemory
+from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
+from mgipt_monai.utils.state_checks import check_keys
+
+__all__ = ["THRESHOLDS", "Guard", "Threshold", "Verdict"]
+
+
+class Threshold(NamedTuple):
+    """What the limit of one name means.
+
+    Attributes:
+        signal: the signal that it bounds.
+        range: lowest and highest value that the limit may have.
+        words: what is said where the signal is beyond it, with places for the signal and the limit.
+        is_least: whether the signal must be at least the limit; otherwise at most.
+        refuses: whether the adapted prediction is then refused; otherwise it is only not learnt from.
+    """
+
+    signal: str
+    range: tuple[float, float]
+    words: str
+    is_least: bool = False
+    refuses: bool = True
+
+    def check_limit(self, name: str, limit: float | None) -> None:
+        """Raise ValueError for a limit out of the range; None is none."""
+        lowest, highest = self.range
+        if limit is not None and not (lowest <= limit <= highest and math.isfinite(limit)):
+            wanted = f"in [{lowest}, {highest}]" if math.isfinite(highest) else f"at least {lowest}"
+            raise ValueError(f"{name} must be {wanted}, or None to switch it off; got {limit}")
+
+    def is_crossed(self, limit: float | None, signals: Mapping[str, float]) -> bool:
+        """Whether the signal is beyond the limit; not where either is absent."""
+        if limit is None or self.signal not in signals:
+            return False
+        value = signals[self.signal]
+        return value < limit if self.is_least else value > limit
+
+
+THRESHOLDS = {
+    "min_agreement": Threshold(
+        "agreement",
+        (0, 1),
+        "the adapted mask agrees with the unadapted one by {:.3g}, less than {:.3g}",
+        is_least=True,
+    ),
+    "max_area_change": Threshold(
+        "area_change", (1, math.inf), "a class's area changed by a factor of {:.3g}, more than {:.3g}"
+    ),
+    "max_inconsistency": Threshold(
+        "inconsistency", (0, 1), "the adapted mask changes with brightness and contrast by {:.3g}, more than {:.3g}"
+    ),
+    "min_loss_drop": Threshold(
+        "loss_drop",
+        (0, 1),
+        "tuning took a share of {:.3g} off the alignment loss, less than {:.3g}",
+        is_least=True,
+    ),
+    "max_prompt": Threshold("prompt", (0, math.inf), "a factor of the prompts is {:.3g} away from 1, more than {:.3g}"),
+    "max_distance": Threshold(
+        "distance",
+        (0, math.inf),
+        "the image lies {:.3g} standard deviations from the stream's, more than {:.3g}",
+        refuses=False,
+    ),
+    "max_drift": Threshold(
+        "drift",
+        (0, math.inf),
+        "the global prompts would drift {:.3g} away from 1, more than {:.3g}",
+        refuses=False,
+    ),
+}
+
+
+@dataclass
+class Verdict:
+    """What the guard says of one image.
+
+    Attributes:
+        accept: whether the adapted prediction is used; otherwise it is the unadapted one.
+        learn: whether the global prompts keep the image's step.
+        reasons: in plain words why not, with the value and its threshold; empty where both are granted.
+    """
+
+    accept: bool
+    learn: bool
+    reasons: list[str] = field(default_factory=list)
+
+
+class Guard(nn.Module):
+    """Judges each image by label-free signals, against thresholds that can each be None, which switches it off.
+
+    An adapted prediction that is refused gives way to the unadapted one, and an image that is refused teaches nothing:
+    the global prompts are as before it. Three more things keep an image from teaching: it is far from the stream's
+    others, it repeats the image before it, or its step takes the global prompts out of their range. What lasts is of
+    constant size and holds nothing of an image: mean and variance of the log loss, the latest loss, and the last good
+    global prompts.
+
+    Args:
+        min_agreement: smallest Dice between the adapted and the unadapted mask, over all classes at once, in [0, 1].
+        max_area_change: largest ratio, at least 1, by which the area of a class may grow or shrink. A class that
+            becomes empty, or appears where there was none, changes by a large ratio.
+        max_inconsistency: largest early-stop consistency score of the chosen prompt size, in [0, 1]; 0 is full
+            agreement between the image and its jittered view. Not judged where sizes are not compared.
+        min_loss_drop: smallest share of the alignment loss that the tuning of the instance prompt must take away, in
+            [0, 1]. Not judged without an instance prompt.
+        max_prompt: largest distance from 1 of a factor in the instance prompt or the global prompts' teachers.
+        max_distance: largest distance of the unadapted image's alignment loss from those that the stream has seen,
+            in standard deviations of its logarithm; beyond it the image teaches nothing.
+        max_drift: largest distance from 1 of a factor in the global prompts' teachers; beyond it they are reset to the
+            last ones that were learnt within half of it. At most ``max_prompt``.
+        warm_up: images that the stream must have had before ``max_distance`` counts, at least 2.
+
+    Raises:
+        ValueError: at construction, for a threshold out of its range, or ``max_drift`` above ``max_prompt``.
+
+    Attributes:
+        memory: the stream's losses.
+        good: the last good global prompts, as their ``adaptation_state``; empty before there are any.
+
+    Example:
+        >>> guard = Guard(min_agreement=0.6)
+        >>> guard.judge({"finite": 1.0, "repeated": 0.0, "agreement": 0.41}).reasons
+        ['the adapted mask agrees with the unadapted one by 0.41, less than 0.6']
+    """
+
+    def __init__(
+        self,
+        min_agreement: float | None = 0.9,
+        max_area_change: float | None = 1.1,
+        max_inconsistency: float | None = 0.2,
+        min_loss_drop: float | None = 0.0,
+        max_prompt: float | None = 1.5,
+        max_distance: float | None = 4.0,
+        max_drift: float | None = 1.0,
+        warm_up: int = 10,
+    ) -> None:
+        super().__init__()
+        self.min_agreement, self.max_area_change = min_agreement, max_area_change
+        self.max_inconsistency, self.min_loss_drop, self.max_prompt = max_inconsistency, min_loss_drop, max_prompt
+        self.max_distance, self.max_drift, self.warm_up = max_distance, max_drift, warm_up
+        for name, threshold in THRESHOLDS.items():
+            threshold.check_limit(name, getattr(self, name))
+        if max_drift is not None and max_prompt is not None and max_drift > max_prompt:
+            raise ValueError(
+                f"max_drift ({max_drift}) would never be reached, since max_prompt ({max_prompt}) refuses such images: "
+                "set it to at most max_prompt"
+            )
+        self.memory = LossMemory(warm_up)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the stream."""
+        self.memory.reset()
+        self.good: dict[str, list[Tensor]] = {"students": [], "teachers": []}
+
+    def compare(self, loss: float) -> dict[str, float]:
+        """Return the signals that need the stream's memory, of an image with this unadapted alignment loss.
+
+        ``repeated`` is 1 where the loss is exactly that of the image before, else 0; ``distance`` is left out during
+        the warm-up.
+        """
+        distance = self.memory.distance(loss)
+        signals = {"loss": loss, "repeated": float(loss == self.memory.latest)}
+        return signals if distance is None else {**signals, "distance": distance}
+
+    def judge(self, signals: Mapping[str, float]) -> Verdict:
+        """Judge an image by its signals; a threshold whose signal is not there is not looked at.
+
+        Args:
+            signals: ``finite`` and ``repeated`` (1 or 0), and any of ``agreement``, ``area_change``, ``inconsistency``,
+                ``loss_drop``, ``prompt``, ``distance`` and ``drift``, as the arguments of the class have them.
+        """
+        if not signals["finite"]:
+            return Verdict(accept=False, learn=False, reasons=["the adapted prediction is not finite"])
+        crossed = [name for name in THRESHOLDS if self._is_crossed(name, signals)]
+        reasons = [
+            THRESHOLDS[name].words.format(signals[THRESHOLDS[name].signal], getattr(self, name)) for name in crossed
+        ]
+        if signals["repeated"]:
+            reasons.append("the image repeats the one before it")
+        accept = not any(THRESHOLDS[name].refuses for name in crossed)
+        return Verdict(accept, learn=not reasons, reasons=reasons)
+
+    def settle(
+        self, verdict: Verdict, signals: Mapping[str, float], prompts: GlobalPrompts, before: dict[str, list[Tensor]]
+    ) -> None:
+        """Let the global prompts keep the image's step or not, and remember the image's loss.
+
+        Args:
+            verdict: what :meth:`judge` said of the image.
+            signals: what it was said of.
+            prompts: the global prompts, after the image's step.
+            before: their state before it.
+        """
+        if self._is_crossed("max_drift", signals) and not signals["repeated"]:
+            prompts.load_adaptation_state(self.good)
+        elif not verdict.learn:
+            prompts.load_adaptation_state(before)
+        elif self.max_drift is not None and signals["drift"] <= self.max_drift / 2:
+            self.good = prompts.adaptation_state()
+        if not signals["repeated"]:
+            self.memory.add(signals["loss"])
+
+    def adaptation_state(self) -> dict[str, Any]:
+        """Return what lasts between images: plain numbers, and copies of the last good global prompts."""
+        return {**self.memory.state(), **{role: [p.clone() for p in prompts] for role, prompts in self.good.items()}}
+
+    def load_adaptation_state(self, state: dict[str, Any], prompts: GlobalPrompts) -> None:
+        """Take over what :meth:`adaptation_state` returned.
+
+        Args:
+            state: the state.
+            prompts: the global prompts that it must fit.
+
+        Raises:
+            ValueError: if it does not fit; nothing is changed then.
+        """
+        check_keys("guard's state", state, {*self.memory.state(), *self.good})
+        prompts.check_adaptation_state(state)
+        self.memory.load_state(state)
+        self.good = {role: [p.detach().clone() for p in state[role]] for role in self.good}
+
+    def _is_crossed(self, name: str, signals: Mapping[str, float]) -> bool:
+        return THRESHOLDS[name].is_crossed(getattr(self, name), signals)

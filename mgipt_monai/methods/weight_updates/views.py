@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views of an image whose predictions can be laid back over it, and the mean of these predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mgipt_monai.methods.weight_updates.losses import probabilities
+from mgipt_monai.networks.prompts.early_stop import Head
+
+__all__ = ["View", "mean_probabilities", "scales_and_flips", "turns_and_flips"]
+
+
+class View(NamedTuple):
+    """How an image becomes a view, and how the view's prediction is laid back over the image."""
+
+    apply: Callable[[Tensor], Tensor]
+    undo: Callable[[Tensor], Tensor]
+
+
+def mean_probabilities(predict: Callable[[Tensor], Tensor], image: Tensor, views: Sequence[View], head: Head) -> Tensor:
+    """Predict every view, one after the other, lay the probabilities back over the image, and take their mean."""
+    total: Tensor | float = 0.0
+    for view in views:
+        total = total + view.undo(probabilities(predict(view.apply(image)), head))
+    return total / len(views)
+
+
+def turns_and_flips() -> list[View]:
+    """Return the image, its two flips and its turns by 90, 180 and 270 degrees, in the first two spatial axes.
+
+    In a volume of MONAI these are the axes within a slice.
+    """
+    flips = [View(*[lambda x, axis=axis: x.flip(axis)] * 2) for axis in (2, 3)]
+    turns = [
+        View(lambda x, k=k: torch.rot90(x, k, (2, 3)), lambda x, k=k: torch.rot90(x, -k, (2, 3))) for k in (1, 2, 3)
+    ]
+    return [View(lambda x: x, lambda x: x), *flips, *turns]
+
+
+def scales_and_flips(size: Sequence[int], output_size: Sequence[int], scales: Sequence[float]) -> list[View]:
+    """Return the image at each scale, as it is and flipped (left and right of an image of rows and columns).
+
+    Args:
+        size: the image's spatial size.
+        output_size: the spatial size of its prediction.
+        scales: factors of the size.
+
+    Returns:
+        Two views per scale.
+
+    Example:
+        >>> views = scales_and_flips((32, 32), (32, 32), (0.5, 1))
+        >>> [view.apply(torch.rand(1, 3, 32, 32)).shape[-1] for view in views]
+        [32, 32, 32, 32]
+        >>> scales_and_flips((64, 64), (64, 64), (0.5,))[0].apply(torch.rand(1, 3, 64, 64)).shape
+        torch.Size([1, 3, 32, 32])
+    """
+    axis = min(3, len(size) + 1)
+    views = []
+    for scale in scales:
+        scaled = [_scaled(side, scale) for side in size]
+        views += [
+            View(lambda x, to=scaled: _resize(x, to), lambda x: _resize(x, output_size)),
+            View(lambda x, to=scaled: _resize(x, to).flip(axis), lambda x: _resize(x.flip(axis), output_size)),
+        ]
+    return views
+
+
+def _scaled(side: int, scale: float) -> int:
+    # a network that halves its input takes the view if it takes the image: a side keeps its powers of two, up to 32
+    step = min(side & -side, 32)
+    return max(round(side * scale / step), 1) * step
+
+
+def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    if x.shape[2:] == tuple(size):
+        return x
+    mode = {3: "linear", 4: "bilinear", 5: "trilinear"}[x.ndim]
+    return F.interpolate(x, size=tuple(size), mode=mode, align_corners=False)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers of a network can be aligned with its source, and which features are measured there."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = [
+    "find_listed_layers",
+    "find_measurable_layers",
+    "find_norm_layers",
+    "has_stored_statistics",
+    "layer_features",
+]
+
+MEASURE = (
+    "`mgipt source-statistics SOURCE_IMAGES FILE --weights WEIGHTS` (for a bundle of your own: merge "
+    "configs/existing_source_statistics.yaml into its inference config)"
+)
+"""How a statistics file is written."""
+
+GIVE_A_FILE = (
+    "measure them once over source images and give the file as statistics (in the bundle: statistics_path); it is "
+    f"written by {MEASURE}"
+)
+
+NEEDS_BATCH_NORM = (
+    "this method needs batch norm (norm='batch', track_running_stats=True); MGIPT with a statistics file adapts "
+    "networks without it"
+)
+
+
+def has_stored_statistics(layer: nn.Module) -> bool:
+    """Whether the layer normalises with stored statistics: batch norm, or instance norm that tracks them."""
+    return isinstance(layer, _NormBase) and layer.running_mean is not None
+
+
+def find_norm_layers(network: nn.Module, pattern: str | None = None, advice: str = GIVE_A_FILE) -> dict[str, nn.Module]:
+    """Find the layers that can be aligned as they are: those with stored statistics.
+
+    Args:
+        network: any network.
+        pattern: regular expression that a layer's dotted name must contain; None takes all.
+        advice: what to do about a network without such a layer, the end of the error's message.
+
+    Returns:
+        Name to layer, in the network's order.
+
+    Raises:
+        ValueError: if the network has no such layer, or none with a matching name.
+    """
+    usable = {name: layer for name, layer in network.named_modules() if has_stored_statistics(layer)}
+    if not usable:
+        others = Counter(type(m).__name__ for m in network.modules() if _is_norm(m))
+        found = ", ".join(f"{n} x {name}" for name, n in others.items()) or "no norm layer at all"
+        raise ValueError(
+            f"{type(network).__name__} stores no source statistics to align with (found {found}): {advice}"
+        )
+    return _matching(usable, pattern, "batch norm")
+
+
+def find_measurable_layers(network: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
+    """Find the layers whose source statistics can be measured: batch, instance, group and layer norms.
+
+    A layer norm counts if it normalises over the last axis alone. In a network without any of these the convolutions
+    take their place.
+
+    Args:
+        network: any network.
+        pattern: regular expression that a layer's dotted name must contain; None takes all.
+
+    Returns:
+        Name to layer, in the network's order.
+
+    Raises:
+        ValueError: if the network has no such layer, or none with a matching name.
+    """
+    layers = dict(network.named_modules())
+    usable = {name: layer for name, layer in layers.items() if _is_norm(layer)}
+    usable = usable or {name: layer for name, layer in layers.items() if isinstance(layer, _ConvNd)}
+    if not usable:
+        raise ValueError(f"{type(network).__name__} has neither a norm layer nor a convolution to measure")
+    return _matching(usable, pattern, "norm layer or convolution")
+
+
+def find_listed_layers(
+    network: nn.Module, names: Iterable[str], pattern: str | None = None, origin: str = "the statistics"
+) -> dict[str, nn.Module]:
+    """Find the layers of a statistics file.
+
+    Args:
+        network: the network that the file was made for.
+        names: the dotted names of the file's layers.
+        pattern: regular expression that a name must contain; None takes all.
+        origin: what to call the file in a message.
+
+    Returns:
+        Name to layer, in the file's order.
+
+    Raises:
+        ValueError: if the network lacks one of them, or none has a matching name.
+    """
+    layers = dict(network.named_modules())
+    if unknown := [name for name in names if name not in layers]:
+        raise ValueError(
+            f"{origin} were made for another network, {type(network).__name__} has no layer "
+            f"{', '.join(unknown[:4])}: make them anew with {MEASURE}"
+        )
+    return _matching({name: layers[name] for name in names}, pattern, "layer of the statistics file")
+
+
+def _is_norm(layer: nn.Module) -> bool:
+    if isinstance(layer, nn.LayerNorm):
+        return len(layer.normalized_shape) == 1
+    return isinstance(layer, (_NormBase, nn.GroupNorm))
+
+
+def _matching(layers: dict[str, nn.Module], pattern: str | None, kind: str) -> dict[str, nn.Module]:
+    chosen = {name: layer for name, layer in layers.items() if pattern is None or re.search(pattern, name)}
+    if not chosen:
+        raise ValueError(f"the name pattern {pattern!r} matches no {kind}; there are: {', '.join(layers)}")
+    return chosen
+
+
+def layer_features(layer: nn.Module, taken: Tensor, given: Tensor, images: int) -> Tensor | None:
+    """Lay a layer's features out by image, channel and place.
+
+    Args:
+        layer: a norm layer or a convolution. The channels of a layer norm are its last axis.
+        taken: what the layer took, (N, ...). N is the number of images, or a multiple of it where a network folds the
+            windows of an image into the batch, those of the first image first.
+        given: what it gave.
+        images: number of images in this forward.
+
+    Returns:
+        Features (images, C, \\*spatial), an image's windows as the first spatial axis where there are several. None
+        where there are no spatial axes, so that one image has no statistics, or where N is no multiple.
+    """
+    features = given if isinstance(layer, _ConvNd) else taken
+    if features.ndim < 3 or len(features) % images:
+        return None
+    if isinstance(layer, nn.LayerNorm):
+        features = features.movedim(-1, 1)
+    return features if len(features) == images else features.unflatten(0, (images, -1)).movedim(1, 2)

@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Alignment (Eq. 2) and calibrated normalisation (Eq. 6): norm layers of a frozen network that see the source.
+
+:class:`AlignedNorms` puts its own forward over the chosen layers while it is attached. Classes, weights, buffers and
+state-dict keys stay as they are, and ``detach`` leaves no trace. What a layer normalises with is one value, a
+:class:`Blend`, and what it is aligned with is one pair of statistics; :class:`BlendedNorms` and
+:class:`mgipt_monai.networks.SiteNorms` choose others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mgipt_monai.networks.alignment.fused import Blend, align, alignment_loss, calibrate, instance_statistics
+from mgipt_monai.networks.alignment.layers import (
+    find_listed_layers,
+    find_norm_layers,
+    has_stored_statistics,
+    layer_features,
+)
+from mgipt_monai.networks.alignment.shortcuts import ChannelsLast, ForwardEnd, FrozenPReLU
+from mgipt_monai.networks.alignment.source_statistics import SourceStatistics
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, parts
+
+__all__ = ["AlignedNorms", "BlendedNorms", "Normalization", "check_normalization"]
+
+Normalization = Literal["instance", "calibrated", "source"]
+"""``instance``: the image's own statistics; ``calibrated``: a blend of the source's and the image's;
+``source``: the stored ones (plain evaluation)."""
+
+
+def check_normalization(name: str, value: str) -> None:
+    """Raise ValueError unless ``value`` is one of the three ways to normalise."""
+    if value not in get_args(Normalization):
+        raise ValueError(f"{name} must be one of {', '.join(get_args(Normalization))}; got {value!r}")
+
+
+class AlignedNorms:
+    """The norm layers of a frozen network, able to normalise in three ways and to measure the alignment loss.
+
+    Layers that store statistics (batch norm) normalise as chosen, always with what they store in the blend. Others keep
+    their own forward, whatever is chosen, and their features are measured.
+
+    Args:
+        network: a network with batch norm, or any with ``statistics``; it is not changed until :meth:`attach`.
+        layers: regular expression on the dotted names of the layers to align; None aligns all: those that store
+            statistics, or those in ``statistics``. The others act as always and add nothing to the loss.
+        source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
+        statistics: what the loss aligns with; None takes what the layers store. Whether they were measured with the
+            network's weights is checked at the first forward.
+        route: how images go through the network; None takes them whole.
+
+    Raises:
+        ValueError: if no layer can be aligned, ``source_weight`` is outside [0, 1], or, at the first forward, the
+            statistics are of other weights.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+        >>> norms = AlignedNorms(network)
+        >>> image = torch.rand(2, 3, 16, 16)
+        >>> norms.loss(image).shape, norms.predict(image, "calibrated").shape
+        (torch.Size([2]), torch.Size([2, 4, 14, 14]))
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layers: str | None = None,
+        source_weight: float = 0.8,
+        statistics: SourceStatistics | None = None,
+        route: ForwardRoute | None = None,
+    ) -> None:
+        if not 0 <= source_weight <= 1:
+            raise ValueError(f"source_weight must be in [0, 1], got {source_weight}")
+        self.network = network
+        if statistics is None:
+            self.layers = find_norm_layers(network, layers)
+        else:
+            self.layers = find_listed_layers(network, statistics.layers, layers, statistics.origin)
+        self.source_weight = source_weight
+        self.statistics = statistics
+        self.targets: dict[str, tuple[Tensor, Tensor]] = {}
+        self.route = ForwardRoute() if route is None else route
+        self.windows: Windows | None = None
+        self.images = 0
+        self.normalization: Normalization = "source"
+        self.losses: list[Tensor] | None = None
+        self.forwards = 0
+        self.end = ForwardEnd()
+        self._layout = ChannelsLast()
+        self._covered: list[tuple[nn.Module, Any]] | None = None
+        self._ready_on: torch.device | None = None
+
+    def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
+        """Return what a layer normalises with, given its features' own mean and deviation (B, C); None: these alone."""
+        if self.normalization == "instance":
+            return None
+        source_mean, source_std = self.stored(name)
+        return Blend(source_mean, source_std.square(), self.source_weight)
+
+    def target(self, name: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and deviation that a layer's features are aligned with."""
+        return self.targets.get(name) or self.stored(name)
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the mean and deviation that a layer itself stores, (C,) each."""
+        layer = self.layers[name]
+        return layer.running_mean, layer.running_var.sqrt()
+
+    def align(self, name: str, features: Tensor) -> Tensor:
+        """Normalise a layer's features (B, C, \\*spatial) with their blend, and collect their loss if one is asked for.
+
+        Raises:
+            ForwardEndedError: if the loss is all that is asked for, and this is the last layer that it needs.
+        """
+        if self.end.is_last(name):
+            self.measure(name, features)  # it ends the forward: nobody looks at the normalised features
+        target = None if self.losses is None else lambda mean, std: self.target(name, mean, std)
+        aligned, loss = align(features, self.layers[name], lambda mean, std: self.blend(name, mean, std), target)
+        if loss is not None:
+            self._collect(name, loss)
+        return aligned
+
+    def measure(self, name: str, features: Tensor) -> None:
+        """Collect the loss of a layer's features (B, C, \\*spatial)."""
+        mean, std = instance_statistics(features)
+        self._collect(name, alignment_loss(mean, std, *self.target(name, mean, std)))
+
+    def _collect(self, name: str, loss: Tensor) -> None:
+        self.losses.append(loss)
+        self.end.measured(name)
+
+    def attach(self) -> None:
+        """Put the aligned forward over the chosen layers (once). They act as before until a normalisation is chosen."""
+        if self._covered is not None:
+            return
+        forwards = {layer: _AlignedLayer(self, name, layer).forward for name, layer in self.layers.items()}
+        forwards |= {layer: FrozenPReLU(layer).forward for layer in self.network.modules() if FrozenPReLU.fits(layer)}
+        self._covered = [(layer, layer.__dict__.get("forward")) for layer in forwards]
+        for layer, forward in forwards.items():
+            layer.forward = forward
+
+    def detach(self) -> None:
+        """Give the layers the forward back that they had; no effect if nothing is attached."""
+        for layer, forward in self._covered or []:
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+        self._covered = None
+
+    @contextmanager
+    def _using(self, images: Tensor, normalization: Normalization, losses: list[Tensor] | None) -> Iterator[None]:
+        check_normalization("normalization", normalization)
+        if self.network.training:
+            raise RuntimeError("the network is in training mode, it would change its own statistics: call eval() first")
+        if self.statistics is not None and self._ready_on != images.device:
+            self._prepare(self.statistics, images.device)
+        was_attached = self._covered is not None
+        if not was_attached:
+            self.attach()
+        self.normalization, self.losses = normalization, losses
+        try:
+            yield
+        finally:
+            self.normalization, self.losses = "source", None
+            if not was_attached:
+                self.detach()
+
+    def _prepare(self, statistics: SourceStatistics, device: torch.device) -> None:
+        """Check the statistics and bring them to where the images are: not for each image, it reads all weights."""
+        statistics.check(self.network)
+        self.targets = {
+            name: (statistics.layers[name].mean.to(device), statistics.layers[name].std.to(device))
+            for name in self.layers
+        }
+        self._ready_on = device
+
+    def start(self, image: Tensor) -> None:
+        """Begin with an image (1, C, \\*spatial): count its forwards, and choose where its loss is measured."""
+        self.forwards = 0
+        # the order of the layers is looked at once per image
+        self.end = ForwardEnd()
+        self.windows = Windows(self.route, image)
+
+    def _run(self, images: Tensor) -> Tensor:
+        self.images = len(images)
+        self.forwards += len(images)
+        # where nothing is normalised otherwise, predictions are the network's own to the last bit
+        if self.normalization == "source" or not any(map(has_stored_statistics, self.layers.values())):
+            return self._forward(images)
+        return self._layout.run(self._forward, images)
+
+    def _forward(self, images: Tensor) -> Tensor:
+        """Run the network; a forward that is repeated begins anew."""
+        if self.end.begin():
+            self.losses = []
+        return self.network(images)
+
+    def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
+        """Run the network, one forward per image or window: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
+        with self._using(images, normalization, None):
+            return torch.cat([self.route.inferer(part, self._run) for part in parts(images)])
+
+    def predict_windows(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
+        """Run the network only where the loss is measured: logits of the windows side by side (B, K, ...)."""
+        with self._using(images, normalization, None):
+            windows = Windows(ForwardRoute(), images) if self.windows is None else self.windows
+            return torch.cat([windows.predict(part, self._run) for part in parts(images)])
+
+    def predict_and_measure(self, image: Tensor, normalization: Normalization = "source") -> tuple[Tensor, float]:
+        """Predict one image (1, C, \\*spatial) and measure its alignment loss on the way, over all that is run.
+
+        Returns:
+            Logits (1, K, \\*spatial), and the mean loss over the aligned layers and, where there are, all windows.
+        """
+        with self._using(image, normalization, []):
+            logits = self.route.inferer(image, self._run)
+            return logits, torch.cat(self._measurements()).mean().item()
+
+    def loss(self, images: Tensor, normalization: Normalization = "instance") -> Tensor:
+        """Run the network for its alignment loss L (Eq. 2), the mean over the aligned layers and the windows.
+
+        Args:
+            images: (B, C, \\*spatial).
+            normalization: how the layers normalise meanwhile.
+
+        Raises:
+            RuntimeError: if the network is in training mode, or no aligned layer takes part.
+
+        Returns:
+            One loss per image (B,), differentiable with respect to the images.
+        """
+        with self._using(images, normalization, []):
+            windows = Windows(ForwardRoute(), images) if self.windows is None else self.windows
+            return windows.loss(images, self._measured)
+
+    def _measured(self, images: Tensor) -> Tensor:
+        with self.end.forward():
+            self._run(images)
+        return torch.stack(self._measurements()).mean(dim=0)
+
+    def _measurements(self) -> list[Tensor]:
+        """Return what the layers measured since ``losses`` was emptied."""
+        if not self.losses:
+            raise RuntimeError(f"none of the aligned layers took part in the forward: {', '.join(self.layers)}")
+        return self.losses
+
+
+class _AlignedLayer:
+    """What stands in the place of one layer's forward; a bound method of it survives deepcopy and pickle."""
+
+    def __init__(self, norms: AlignedNorms, name: str, layer: nn.Module) -> None:
+        self.norms, self.name, self.layer = norms, name, layer
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Do what the layer does, with the chosen normalisation, and measure its loss."""
+        norms, layer = self.norms, self.layer
+        # a layer that stores no statistics normalises each image by itself already, or is no norm layer
+        if norms.normalization != "source" and has_stored_statistics(layer):
+            features = layer_features(layer, x, x, norms.images)
+            if features is not None:
+                aligned = norms.align(self.name, features)
+                return aligned if len(x) == norms.images else aligned.movedim(2, 1).flatten(0, 1)
+        output = type(layer).forward(layer, x, *args, **kwargs)
+        if norms.losses is not None:
+            features = layer_features(layer, x, output, norms.images)
+            if features is not None:
+                norms.measure(self.name, features)
+        return output
+
+
+class BlendedNorms(AlignedNorms):
+    """VPTTA's norm layers: where they normalise ``calibrated``, they are aligned with that very blend.
+
+    The blend's mean and variance are ``source_weight * source + (1 - source_weight) * image``. The blend is a goal and
+    not a way to get there: no gradient flows through it, neither in the target nor in the normalisation. The logits are
+    those of :class:`AlignedNorms`; under another normalisation the loss is as well. With ``statistics`` the source's
+    part of the target is theirs, also at layers that keep their own forward.
+
+    Args:
+        network: see :class:`AlignedNorms`.
+        layers: see :class:`AlignedNorms`.
+        source_weight: share of the source in the blend; may be set anew for each image.
+        statistics: see :class:`AlignedNorms`.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+        >>> image = torch.rand(1, 3, 16, 16)
+        >>> near, far = (BlendedNorms(network, source_weight=weight).loss(image, "calibrated") for weight in (0.1, 0.9))
+        >>> bool(near < far)
+        True
+    """
+
+    def target(self, name: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the blend that is normalised with, without gradient, or else the source's statistics."""
+        source = super().target(name, mean, std)
+        if self.normalization != "calibrated":
+            return source
+        target_mean, target_variance = calibrate(mean.detach(), std.detach(), *source, self.source_weight)
+        return target_mean, target_variance.sqrt()
+
+    def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
+        """Return the blend of :class:`AlignedNorms`, as one that no gradient flows through if it is calibrated."""
+        blend = super().blend(name, mean, std)
+        return blend if self.normalization != "calibrated" else blend._replace(fixed=True)

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Source statistics: what source images look like inside a network, measured once and kept in a small file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from mgipt_monai.networks.alignment.fused import instance_statistics
+from mgipt_monai.networks.alignment.layers import MEASURE, find_measurable_layers, layer_features
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
+from mgipt_monai.utils.files import save_state
+from mgipt_monai.utils.naming import file_names
+from mgipt_monai.utils.provenance import fingerprint
+
+__all__ = ["LayerStatistics", "SourceStatistics", "measure_source_statistics", "read_statistics"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of one layer's features, per channel, each (C,) float32. With sliding windows an image is a window.
+
+    Attributes:
+        mean: mean over the source images of an image's mean.
+        mean_spread: standard deviation of the images' means (n - 1 in the denominator; 0 for one image).
+        std: mean over the source images of an image's standard deviation.
+        std_spread: standard deviation of the images' standard deviations.
+    """
+
+    mean: Tensor
+    mean_spread: Tensor
+    std: Tensor
+    std_spread: Tensor
+
+
+@dataclass(frozen=True)
+class SourceStatistics:
+    """What the source images look like inside a network, made by :func:`measure_source_statistics`.
+
+    Attributes:
+        layers: dotted name to statistics, in the network's order.
+        images: number of source images.
+        fingerprint: of the weights that they were measured with, see :func:`mgipt_monai.utils.provenance.fingerprint`.
+        path: the file that they were read from; None if they were not.
+
+    Raises:
+        ValueError: at construction, for statistics that are not finite numbers, one per channel.
+    """
+
+    layers: dict[str, LayerStatistics]
+    images: int
+    fingerprint: str
+    path: str | None = None
+
+    @property
+    def origin(self) -> str:
+        """What to call them in a message."""
+        return "the statistics" if self.path is None else f"the statistics in {self.path}"
+
+    def __post_init__(self) -> None:
+        for name, layer in self.layers.items():
+            values = torch.stack([layer.mean, layer.mean_spread, layer.std, layer.std_spread])
+            if values.ndim != 2 or not torch.isfinite(values).all():
+                raise ValueError(f"the statistics of layer {name} are not finite numbers, one per channel")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one."""
+        layers = {name: vars(layer) for name, layer in self.layers.items()}
+        content = {"version": VERSION, "images": self.images, "fingerprint": self.fingerprint, "layers": layers}
+        save_state(content, path)
+        logger.info("statistics of %d layers over %d source images written to %s", len(layers), self.images, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SourceStatistics:
+        """Read a file that :meth:`save` wrote; no code in it is ever run.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a readable statistics file, naming it.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no statistics file at {path}: make it with {MEASURE}")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if content["version"] != VERSION:
+                raise ValueError(f"version {content['version']!r}, this needs {VERSION}")
+            layers = {name: LayerStatistics(**layer) for name, layer in content["layers"].items()}
+            return cls(layers, content["images"], content["fingerprint"], os.fspath(path))
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a readable statistics file ({error}): make it anew with {MEASURE}"
+            ) from error
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError unless ``network`` has the very weights that the statistics were measured with."""
+        if fingerprint(network) != self.fingerprint:
+            raise ValueError(
+                f"{self.origin} were made for other weights than this {type(network).__name__} has: "
+                f"make them anew with {MEASURE}"
+            )
+
+
+def read_statistics(statistics: SourceStatistics | str | os.PathLike | None) -> SourceStatistics | None:
+    """Return the statistics themselves, read from their file where a path is given."""
+    if statistics is None or isinstance(statistics, SourceStatistics):
+        return statistics
+    return SourceStatistics.load(statistics)
+
+
+def measure_source_statistics(
+    network: nn.Module,
+    images: Iterable[Tensor | Mapping[str, Any]],
+    layers: str | None = None,
+    device: torch.device | str | None = None,
+    inferer: Inferer | None = None,
+    windows: int = 2,
+) -> SourceStatistics:
+    """Measure what source images look like inside a network, at every norm layer or else every convolution.
+
+    The network runs in evaluation mode, one forward per image or window, and is as it was afterwards. No image is kept.
+
+    Args:
+        network: the plain source network with its trained weights.
+        images: batches (B, C, \\*spatial), or dicts with such a batch under ``image``, as a MONAI ``DataLoader`` gives;
+            of the site that the network was trained on, prepared as for inference.
+        layers: regular expression on the names of the layers to measure; None measures all.
+        device: where the network is; None takes the device of its first parameter.
+        inferer: what images go through when they are adapted to: None for whole images, or a pipeline's
+            ``SlidingWindowInferer`` or ``SliceInferer``. Then each window counts as an image of its own.
+        windows: in how many windows an image is looked at, the same number and the same ones as in adaptation.
+
+    Raises:
+        TypeError: for an inferer that adaptation cannot predict through.
+        ValueError: if there is no image or no layer to measure, an image has NaN or infinite values, or the network
+            makes such values of it.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> statistics = measure_source_statistics(network, [torch.rand(2, 3, 16, 16), torch.rand(1, 3, 9, 9)])
+        >>> statistics.images, list(statistics.layers), statistics.layers["1"].mean.shape
+        (3, ['1'], torch.Size([4]))
+    """
+    chosen = find_measurable_layers(network, layers)
+    route = ForwardRoute()
+    route.change(SimpleInferer() if inferer is None else inferer, windows)
+    if device is None:
+        device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
+    moments = {name: _Moments() for name in chosen}
+    modes = {module: module.training for module in network.modules()}
+    hooks = [layer.register_forward_hook(partial(_observe, moments[name])) for name, layer in chosen.items()]
+    count = 0
+    try:
+        network.eval()
+        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+            for count, (image, file) in enumerate(_one_by_one(images, device), start=1):
+                if not torch.isfinite(image).all():
+                    raise ValueError(f"source image {count}{file} has NaN or infinite values: repair or leave it out")
+                for window in Windows(route, image).cut(image):
+                    network(window)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    if not count:
+        raise ValueError("there are no source images to measure")
+    measured = {name: each.statistics() for name, each in moments.items() if each.count}
+    if not measured:
+        raise ValueError(f"none of the layers sees features with spatial axes: {', '.join(chosen)}")
+    return SourceStatistics(measured, count, fingerprint(network))
+
+
+class _Moments:
+    """Mean and standard deviation of what was added so far (Welford's way), in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self.squares = torch.zeros(())
+
+    def add(self, value: Tensor) -> None:
+        self.count += 1
+        change = value - self.mean
+        self.mean = self.mean + change / self.count
+        self.squares = self.squares + change * (value - self.mean)
+
+    def statistics(self) -> LayerStatistics:
+        spread = (self.squares / max(self.count - 1, 1)).sqrt()
+        (mean, std), (mean_spread, std_spread) = self.mean.float(), spread.float()
+        return LayerStatistics(mean, mean_spread, std, std_spread)
+
+
+def _observe(moments: _Moments, layer: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
+    features = layer_features(layer, taken[0], given, images=1)
+    if features is not None:
+        mean, std = instance_statistics(features)
+        moments.add(torch.cat([mean, std]).cpu().double())
+
+
+def _one_by_one(
+    batches: Iterable[Tensor | Mapping[str, Any]], device: torch.device | str
+) -> Iterable[tuple[Tensor, str]]:
+    """Yield each image (1, C, \\*spatial), and its file's name in brackets as far as its meta data has one."""
+    for batch in batches:
+        if isinstance(batch, Mapping) and "image" not in batch:
+            raise ValueError(f"a batch has no image: {dict(batch)}")
+        images = batch["image"] if isinstance(batch, Mapping) else batch
+        names = file_names(images)
+        plain = convert_to_tensor(images, dtype=torch.float32, device=device, track_meta=False)
+        for i, image in enumerate(plain.split(1)):
+            yield image, f" ({names[i]})" if i < len(names) else ""

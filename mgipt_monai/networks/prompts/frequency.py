@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-frequency amplitude prompts (Eq. 1), exact and without a full Fourier transform.
+
+A prompt multiplies the amplitudes of an image's ``side ** d`` lowest frequencies and keeps their phases. Since a real
+factor on the amplitude is the same factor on the complex coefficient, the prompted image is the image plus the inverse
+transform of ``(prompt - 1) * coefficients``: one thin matrix product per axis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from numbers import Integral
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FrequencyPrompt", "LowFrequencies"]
+
+
+@lru_cache(maxsize=256)
+def _dft_rows(size: int, side: int, centred: bool, device: torch.device) -> Tensor:
+    """Return the ``side`` lowest rows of the DFT matrix of ``size`` points, complex64, shape (side, size)."""
+    first = -(side // 2) if centred else -((side + 1) // 2)
+    frequencies = torch.arange(first, first + side, dtype=torch.int64)
+    # the exponent is reduced modulo the size in integers, so that large images lose no precision
+    turns = (frequencies[:, None] * torch.arange(size)[None, :]) % size
+    angle = turns.double() * (-2 * math.pi / size)
+    # a tensor made under inference_mode could never take part in a backward pass
+    with torch.inference_mode(False):
+        return torch.complex(angle.cos(), angle.sin()).to(torch.complex64).to(device)
+
+
+class LowFrequencies:
+    """The lowest frequencies of a batch of images, computed once, ready to take any number of prompts.
+
+    Args:
+        image: float tensor (B, C, \\*spatial), any number of spatial axes, any value range.
+        side: how many frequencies per spatial axis; at most the shortest spatial side.
+        centred: whether the block is centred on the zero frequency (``-(side // 2) .. side - 1 - side // 2``) or, as
+            the released code's global prompts, one step lower (an odd side only; an even side is the same in both).
+
+    Raises:
+        ValueError: if the image is smaller than the prompt.
+
+    Example:
+        >>> image = torch.rand(1, 3, 32, 48)
+        >>> low = LowFrequencies(image, side=5)
+        >>> torch.equal(low.apply(torch.ones(1, 3, 5, 5)), image)
+        True
+    """
+
+    def __init__(self, image: Tensor, side: int, centred: bool = True) -> None:
+        spatial = image.shape[2:]
+        if side > min(spatial):
+            raise ValueError(
+                f"an image of {'x'.join(map(str, spatial))} is smaller than a prompt of side {side}: "
+                "use a larger image or smaller prompt sizes"
+            )
+        self.image = image
+        self.rows = [_dft_rows(n, side, centred, image.device) for n in spatial]
+        coefficients = image.to(torch.complex64)
+        for axis, rows in enumerate(self.rows, start=2):
+            coefficients = torch.tensordot(coefficients, rows, dims=([axis], [1])).movedim(-1, axis)
+        self.coefficients = coefficients / math.prod(spatial)
+
+    def apply(self, prompt: Tensor) -> Tensor:
+        """Multiply the amplitudes of the low frequencies.
+
+        Args:
+            prompt: real multipliers (N, C, side, ...), with N the number of images, or any N for a single image; the
+                zero frequency stands in the middle (index ``side // 2`` of each axis if centred).
+
+        Returns:
+            Prompted images (N, C, \\*spatial), differentiable with respect to the prompt.
+
+        Raises:
+            ValueError: if the prompt has other channels, sides or axes than the image's block.
+        """
+        if prompt.shape[1:] != self.coefficients.shape[1:]:
+            raise ValueError(
+                f"a prompt of shape {tuple(prompt.shape)} does not fit an image of shape {tuple(self.image.shape)}"
+            )
+        change = (prompt - 1) * self.coefficients
+        for axis, rows in enumerate(self.rows[:-1], start=2):
+            change = torch.tensordot(change, rows.conj(), dims=([axis], [0])).movedim(-1, axis)
+        last = self.rows[-1]
+        # only the real part is wanted, so the last and largest product is done in real numbers
+        real = torch.cat([change.real, change.imag], dim=-1) @ torch.cat([last.real, last.imag], dim=0)
+        return self.image + real
+
+
+class FrequencyPrompt(nn.Module):
+    """A trainable low-frequency amplitude prompt for images of any size (Eq. 1).
+
+    Args:
+        spatial_dims: number of spatial axes.
+        in_channels: channels of the image.
+        side: frequencies per spatial axis, so the prompt has ``in_channels * side ** spatial_dims`` numbers.
+        centred: see :class:`LowFrequencies`.
+
+    Raises:
+        ValueError: if a count is below one.
+
+    Example:
+        >>> prompt = FrequencyPrompt(spatial_dims=2, in_channels=3, side=5)
+        >>> image = torch.rand(1, 3, 64, 64)
+        >>> torch.equal(prompt(image), image)  # all ones change nothing
+        True
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int, side: int, centred: bool = True) -> None:
+        super().__init__()
+        for name, value in (("spatial_dims", spatial_dims), ("in_channels", in_channels), ("side", side)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.side = side
+        self.centred = centred
+        self.amplitude = nn.Parameter(torch.ones(1, in_channels, *[side] * spatial_dims))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the prompted image, same shape as ``image`` (B, C, \\*spatial)."""
+        return LowFrequencies(image, self.side, self.centred).apply(self.amplitude)
+
+
+def loss_gradient(
+    loss: Callable[[Tensor], Tensor], prompted: Tensor, prompts: Tensor | Sequence[Tensor]
+) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+    """Return the per-image losses of prompted images and their gradient with respect to the prompts alone."""
+    losses = loss(prompted)
+    gradients = torch.autograd.grad(losses.sum(), prompts)
+    return losses.detach(), gradients[0] if isinstance(prompts, Tensor) else gradients
+
+
+def check_tuning(*values: Tensor) -> None:
+    """Raise FloatingPointError unless all that tuning gave is finite; it waits for the device once."""
+    if not torch.cat([value.flatten() for value in values]).isfinite().all():
+        raise FloatingPointError("the alignment loss or its gradient is not finite: check the image and the network")
+
+
+def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Return the sizes as a tuple; raise ValueError unless they are whole numbers from 1, each once."""
+    if any(not isinstance(size, Integral) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+        raise ValueError(f"{name} must be different whole numbers from 1, got {tuple(sizes)}")
+    return tuple(int(size) for size in sizes)
+
+
+def check_step(lr: float, betas: Sequence[float]) -> None:
+    """Raise ValueError unless the learning rate is positive and Adam's betas are in [0, 1)."""
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr must be above 0, got {lr}")
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
