@@ -7,7 +7,7 @@ from mgipt_monai._renamed import renamed_names
 
 from .base import AdaptationMethod
 from .bn import BatchNormAdaptation
-from .guard import Guard, Verdict
+from .guard import Guard, Guarded, Verdict
 from .mgipt import MGIPT
 from .site_correction import SiteCorrection
 from .source import Source
@@ -23,6 +23,7 @@ __all__ = [
     "CoTTA",
     "GraTa",
     "Guard",
+    "Guarded",
     "SiteCorrection",
     "Source",
     "Tent",

@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.norms import AlignedNorms
 
@@ -44,11 +42,11 @@ class BatchNormAdaptation(AdaptationMethod):
         self.source_weight, self.aligned_layers = source_weight, aligned_layers
         super().__init__(network)
 
-    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
         self.norms.start(image)
         with torch.no_grad():
             logits = self.norms.predict(image, "calibrated")
-        return logits, {"forwards": self.norms.forwards, "backwards": 0}
+        return Prediction(logits, {"forwards": self.norms.forwards, "backwards": 0})
 
     def _bound(self) -> None:
         # other norm layers have no statistics to take the place of, so a file would not help

@@ -1,39 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MGIPT: the paper's overview figure as code."""
+"""MGIPT, the paper's overview figure as code (arXiv 2602.05937).
+
+For each image, in this order: the multi-scale global prompts take one step and their teachers follow (MGP, Eq. 5); an
+instance prompt is learnt from scratch and grown while growing helps (AIP, Eq. 3 and 4); the prompted views are
+predicted with calibrated normalisation (Eq. 6) and fused by their confidence (Eq. 7). Both kinds of prompts multiply
+low-frequency amplitudes (Eq. 1) and are tuned by the alignment loss (Eq. 2) of the frozen network's norm layers.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from monai.inferers import Inferer, SimpleInferer
 from monai.transforms import Randomizable
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import build_part
-from mgipt_monai.methods.guard.guard import Guard
-from mgipt_monai.methods.guard.guarded import GuardedMethod
-from mgipt_monai.networks.alignment.norms import AlignedNorms
-from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
-from mgipt_monai.networks.ensemble import ConfidenceEnsemble, MeanEnsemble
+from mgipt_monai.methods.base import AdaptationMethod, Prediction, build_part
+from mgipt_monai.methods.budget import fit
+from mgipt_monai.methods.guard import Guard, Guarded
+from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
+from mgipt_monai.networks.alignment.norms import Normalization
+from mgipt_monai.networks.alignment.source_statistics import read_statistics
+from mgipt_monai.networks.ensemble import ConfidenceEnsemble, MeanEnsemble, disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, PhotometricJitter, check_head, consistency_score
 from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
 from mgipt_monai.networks.prompts.instance_prompt import InstancePrompt
 
 __all__ = ["MGIPT"]
 
-Tuning = Literal["instance", "calibrated", "source", "released"]
+Tuning = Literal["instance", "released"]
 
 
-class MGIPT(GuardedMethod):
+class MGIPT(AdaptationMethod):
     """Multi-scale Global-Instance Prompt Tuning (arXiv 2602.05937) around a frozen segmentation network.
 
-    For each image, the global prompts take one step, an instance prompt is learnt from scratch and grown while growing
-    helps, and the four prompted views are predicted and fused. Only the global prompts last: a few hundred numbers,
-    nothing of an image. Cost with the default sizes: 42 to 58 F (F is one forward of the network; a backward to the
-    prompts counts as one more); a guard adds 1 F.
+    Only the global prompts last from image to image: a few hundred numbers, nothing of an image. Cost with the default
+    sizes: 42 to 58 F (F is one forward of the network; a backward to the prompts counts as one more); a guard adds 1 F.
 
     Args:
         network: any network with batch norm that stores its statistics, or any at all with ``statistics``; frozen, in
@@ -44,17 +51,17 @@ class MGIPT(GuardedMethod):
         jitter: the view of the consistency check: a callable from image to image (1, C, \\*spatial). A MONAI
             ``Randomizable`` is seeded with (seed, image index) for each image. None takes :class:`PhotometricJitter`.
         statistics: what to align with where the network stores no statistics, or instead of them: a statistics file or
-            its content, see :func:`measure_source_statistics`. That it belongs to the network's weights is checked at
-            the first image after construction, :meth:`bind` or :meth:`reset`, not at each.
+            its content, see :func:`measure_source_statistics`. Whether it was measured with the network's weights is
+            checked at the first image after construction, :meth:`bind` or :meth:`reset`, not for each image.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
         tuning: how the network normalises while prompts are tuned. ``instance`` is the paper's; ``released`` is
             ``instance`` for the first image of a stream and ``calibrated`` from then on.
         guard: decides for each image whether its adapted prediction is used and whether the global prompts learn from
-            it, see :class:`mgipt_monai.networks.Guard`; None always does both. With it an image costs 1 F more.
+            it; the method is then wrapped in :class:`mgipt_monai.methods.Guarded`. None always does both.
         max_forwards: forwards and backwards that an image may cost at most; parts are left out to meet it, in the order
-            of :func:`mgipt_monai.methods.budget.plan`, and the record says which. None leaves nothing out. For whole
-            images or single slices only: the windows of a volume are not known before it.
+            of :func:`mgipt_monai.methods.budget.plan`, and the record's ``dropped`` names them. None leaves nothing
+            out. For whole images or single slices only: the number of windows of a volume is not known before it.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         seed: seeds the jitter.
         lr: learning rate of both prompts (0.05; 0.01 for polyps).
@@ -75,6 +82,13 @@ class MGIPT(GuardedMethod):
     """
 
     takes_windows = True
+    has_uncertainty = True
+
+    def __new__(cls, *args: Any, guard: Guard | None = None, **settings: Any) -> Any:
+        """Build the method, inside a :class:`Guarded` if there is a guard."""
+        if guard is None:
+            return super().__new__(cls)
+        return Guarded(cls(*args, **settings), guard)
 
     def __init__(
         self,
@@ -84,7 +98,7 @@ class MGIPT(GuardedMethod):
         ensemble: ConfidenceEnsemble | MeanEnsemble | None = None,
         jitter: Callable[[Tensor], Tensor] | None = None,
         *,
-        statistics: SourceStatistics | str | os.PathLike | None = None,
+        statistics: SourceStatistics | str | os.PathLike[str] | None = None,
         aligned_layers: str | None = None,
         source_weight: float = 0.8,
         tuning: Tuning = "instance",
@@ -103,17 +117,19 @@ class MGIPT(GuardedMethod):
         self.aligned_layers, self.source_weight = aligned_layers, source_weight
         self.statistics = read_statistics(statistics)
         super().__init__(network)
-        self.tuning, self.head, self.seed, self.guard = tuning, head, seed, guard
+        self.tuning, self.head, self.seed = tuning, head, seed
         self.instance_prompt = build_part(
             InstancePrompt, instance_prompt, shared={"lr": lr}, own={"steps": steps, "sizes": instance_sizes}
         )
         self.global_prompts = build_part(GlobalPrompts, global_prompts, shared={"lr": lr}, own={"sizes": global_sizes})
         if not self.instance_prompt.sizes and not self.global_prompts.sizes:
             raise ValueError("instance_sizes and global_sizes are both empty: nothing would be adapted; use Source")
-        if max_forwards is not None:
-            self._spend(max_forwards)
         self.ensemble = ConfidenceEnsemble() if ensemble is None else ensemble
         self.jitter = PhotometricJitter() if jitter is None else jitter
+        self.max_forwards = max_forwards
+        self._unlimited = self.instance_prompt, self.global_prompts
+        self._dropped: list[str] = []
+        self.reserve(0)
 
     @classmethod
     def released(
@@ -142,10 +158,10 @@ class MGIPT(GuardedMethod):
             **settings,
         )
 
-    def _adapt(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        if isinstance(self.jitter, Randomizable):
-            seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
-            self.jitter.set_random_state(seed=int(seed))
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
+        self.norms.start(image)
+        self._backwards = 0
+        self._seed_jitter()
 
         global_losses = self.global_prompts.step(image, self._loss)
         tuning = self.instance_prompt.tune(image, self._loss, lambda prompt: self._consistency(image, prompt))
@@ -153,36 +169,125 @@ class MGIPT(GuardedMethod):
         with torch.no_grad():
             views = [self.instance_prompt(image)] if self._shows_instance else []
             logits = self.norms.predict(torch.cat([*views, self.global_prompts(image)]), "calibrated")
-            # a budget may leave no prompt: then there is nothing to fuse
-            prompted = self.instance_prompt.sizes or self.global_prompts.sizes
-            fused = self.ensemble(logits, has_instance=bool(views)) if prompted else logits
+            fused = self.ensemble(logits, has_instance=bool(views)) if self._has_prompts else logits
+            uncertainty, mean = disagreement(logits, self.head)
 
-        return fused, {
+        record = {
             "instance_size": tuning.size,
             "loss_before": tuning.loss_before,
             "loss_after": tuning.loss_after,
             "global_losses": global_losses.tolist(),
             "consistency": tuning.consistency,
-            "disagreement": self._disagreement(logits),
-            "forwards": self.norms.forwards,
-            "backwards": self._backwards,
+            "disagreement": mean,
+            **self._cost(),
         }
-
-    def _tuning_normalization(self) -> str:
-        if self.tuning == "released":
-            return "instance" if self.images_seen == 0 else "calibrated"
-        return self.tuning
+        return Prediction(fused, record, uncertainty)
 
     def _loss(self, prompted: Tensor) -> Tensor:
+        """Return the alignment loss (Eq. 2) of prompted images (N, C, \\*spatial), (N,)."""
         self._backwards += len(prompted) * self.norms.windows.count
-        return self.norms.loss(prompted, self._tuning_normalization())
+        return self.norms.loss(prompted, self._tuning_normalization("instance"))
 
     def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
-        normalization = self._tuning_normalization() if self.tuning == "released" else "calibrated"
+        """Return how much the prediction changes with a jittered view (Eq. 4), both under the prompt."""
         with torch.no_grad():
             views = torch.cat([prompt(image), prompt(self.jitter(image))])
-            logits, jittered_logits = self.norms.predict_windows(views, normalization).split(1)
-            return consistency_score(logits, jittered_logits, self.head)
+            logits = self.norms.predict_windows(views, self._tuning_normalization("calibrated"))
+            return consistency_score(*logits.split(1), self.head)
+
+    def _tuning_normalization(self, paper: Normalization) -> Normalization:
+        """Return the paper's normalisation, or that of the released code in its place."""
+        if self.tuning == "instance":
+            return paper
+        return "instance" if self.images_seen == 0 else "calibrated"
+
+    def _seed_jitter(self) -> None:
+        if isinstance(self.jitter, Randomizable):
+            seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
+            self.jitter.set_random_state(seed=int(seed))
+
+    @property
+    def _has_prompts(self) -> bool:
+        """Whether there is any prompt: a limit of cost may leave none."""
+        return bool(self.instance_prompt.sizes or self.global_prompts.sizes)
+
+    @property
+    def _shows_instance(self) -> bool:
+        """Whether one view is that of the instance prompt or, without any prompt, the image as it is."""
+        return bool(self.instance_prompt.sizes) or not self.global_prompts.sizes
+
+    def reserve(self, forwards: int) -> None:
+        """Leave room for additional forwards per image in ``max_forwards``.
+
+        Raises:
+            ValueError: if that leaves less than one forward for the prediction.
+        """
+        if self.max_forwards is not None:
+            self.instance_prompt, self.global_prompts, self._dropped = fit(
+                self.max_forwards, *self._unlimited, guarded=forwards > 0
+            )
+
+    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
+        """Run the network through an inferer from now on (see :class:`AdaptationMethod`).
+
+        Raises:
+            ValueError: with ``max_forwards``, for an inferer of windows.
+        """
+        if self.max_forwards is not None and not isinstance(inferer, SimpleInferer):
+            raise ValueError(
+                f"max_forwards={self.max_forwards} cannot be kept through a {type(inferer).__name__}, whose windows "
+                "depend on the image: set max_forwards to None, or use a SimpleInferer"
+            )
+        super().predict_through(inferer, windows)
+
+    def prompt_maps(self) -> dict[str, Tensor]:
+        """Return the global prompts' teachers, by their sides."""
+        teachers = self.global_prompts.adaptation_state()["teachers"]
+        place = "" if self.global_prompts.centred else ", one step off centre"
+        return {" x ".join(map(str, teacher.shape[2:])) + place: teacher[0] for teacher in teachers}
+
+    def adapted_input(self, image: Tensor) -> Tensor:
+        """Return the latest image under its instance prompt or, without one, under the smallest global prompt."""
+        with torch.no_grad():
+            return self.instance_prompt(image) if self._shows_instance else self.global_prompts(image)[:1]
+
+    def signals(self, record: dict[str, Any]) -> dict[str, float]:
+        """Return how far the prompts are from one, and what tuning did for the loss and the consistency."""
+        drift = self.global_prompts.largest_change
+        signals = {"prompt": drift, "drift": drift}
+        if self.instance_prompt.sizes:
+            signals["prompt"] = max(drift, self.instance_prompt.largest_change)
+            signals["loss_drop"] = 1 - record["loss_after"] / max(record["loss_before"], 1e-12)
+        if record["consistency"]:
+            signals["inconsistency"] = record["consistency"][record["instance_size"]]
+        return signals
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """The global prompts: students hold what was learnt, and teachers averaged alone would jump back to theirs."""
+        return ("students", "teachers") if self.global_prompts.sizes else ()
+
+    def source_norms(self) -> AlignedNorms:
+        """Return the norm layers that the prompts are tuned with."""
+        return self.norms
+
+    def _cost(self) -> dict[str, int]:
+        return {"forwards": self.norms.forwards, "backwards": self._backwards}
+
+    def _standing(self) -> dict[str, Any]:
+        distances = [(teacher - 1).norm().item() for teacher in self.global_prompts.teachers]
+        dropped = {} if self.max_forwards is None else {"dropped": self._dropped}
+        return {"prompt_norm": math.hypot(*distances), **dropped}
 
     def _bound(self) -> None:
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics, self.route)
+
+    def _reset(self) -> None:
+        self.instance_prompt.reset()
+        self.global_prompts.reset()
+
+    def _state(self) -> dict[str, Any]:
+        return self.global_prompts.adaptation_state()
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.global_prompts.load_adaptation_state(state)

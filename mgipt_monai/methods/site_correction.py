@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration to the site instead of the image, trusted as far as the site can be told from its images."""
+"""Site correction: normalise with the site's statistics instead of one image's, as far as the evidence goes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
+from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
 from mgipt_monai.networks.ensemble import disagreement
@@ -19,13 +20,13 @@ __all__ = ["SiteCorrection"]
 
 
 class SiteCorrection(AdaptationMethod):
-    """Calibrated normalisation (Eq. 6) with the site in the place of one image, and as much of it as there is evidence.
+    """Normalisation with statistics of the site (Eq. 6, with the site in the image's place), weighted by the evidence.
 
-    Three predictions are fused, in logits: the source's, one calibrated to the site (:class:`SiteStatistics`), and one
-    calibrated to the site and, by a small share, to the image. The two share the weight
-    ``min(1, (trust * evidence) ** 2)``, where the evidence tells how much of the images' distance from the source is
-    the site's; the source has the rest. So a site that is like the source is predicted as without adaptation. No
-    prompt, no gradient, no weight is changed. Cost: 3 F.
+    Three predictions are fused, in logits: the source's, one corrected to the site (:class:`SiteStatistics`), and one
+    corrected to the site and, by a small share, to the image. The latter two share the weight
+    ``min(1, (trust * evidence) ** 2)``; the source has the rest. The evidence says how much of the images' distance
+    from the source is the site's, so a site that is like the source is predicted as without adaptation. No prompt, no
+    gradient, no weight is changed. Cost: 3 F.
 
     Keeps between images four averages per channel of each norm layer, over the latest images: features' means and
     deviations and their squares, nothing of where in an image they come from.
@@ -35,15 +36,11 @@ class SiteCorrection(AdaptationMethod):
         site: None takes :class:`SiteStatistics` as they are.
         trust: one over the evidence from which on the source has no weight left, above 0.
         image_share: weight of the image's own statistics beside the site's, in [0, 1].
-        aligned_layers: regular expression on the names of the norm layers to calibrate; None calibrates all.
+        aligned_layers: regular expression on the names of the norm layers to correct; None corrects all.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers.
-
-    Attributes:
-        uncertainty: where the three predictions of the latest call's images disagreed, (B, 1, \\*spatial) in [0, 1],
-            see :func:`mgipt_monai.networks.ensemble`. None before the first call and after one that failed.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -54,7 +51,7 @@ class SiteCorrection(AdaptationMethod):
     """
 
     takes_windows = True
-    uncertainty: Tensor | None = None
+    has_uncertainty = True
 
     def __init__(
         self,
@@ -75,41 +72,35 @@ class SiteCorrection(AdaptationMethod):
         super().__init__(network)
         self.site = SiteStatistics() if site is None else site
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Adapt to each image, then predict it, and keep where the predictions disagreed; see the base class."""
-        self.uncertainty, self._maps = None, []
-        logits = super().forward(image)
-        self.uncertainty, self._maps = torch.cat(self._maps), []
-        return logits
-
     @torch.no_grad()
-    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
         norms, site = self.norms, self.site
         norms.start(image)
         site.begin()
         source = norms.predict(image)
-        with norms.calibrated_to(site, looks=True):
-            calibrated = norms.predict_windows(image, "calibrated")
+        with norms.corrected_to(site, looks=True):
+            corrected = norms.predict_windows(image, "calibrated")
         if not isinstance(self.route.inferer, SimpleInferer):
             # that was a look at some windows; now that it is over, all of them are normalised alike
-            with norms.calibrated_to(site):
-                calibrated = norms.predict(image, "calibrated")
-        with norms.calibrated_to(site, image_share=self.image_share):
+            with norms.corrected_to(site):
+                corrected = norms.predict(image, "calibrated")
+        with norms.corrected_to(site, image_share=self.image_share):
             own = norms.predict(image, "calibrated")
 
         evidence = site.evidence
         weight = min(1.0, (self.trust * evidence) ** 2)
-        fused = torch.lerp(source, (calibrated + own) / 2, weight)
-        uncertainty, mean = disagreement(torch.cat([source, calibrated, own]), self.head)
-        self._maps.append(uncertainty)
+        fused = torch.lerp(source, (corrected + own) / 2, weight)
+        uncertainty, mean = disagreement(torch.cat([source, corrected, own]), self.head)
         site.end()
-        return fused, {
-            "evidence": evidence,
-            "adapted_weight": weight,
-            "disagreement": mean,
-            "forwards": norms.forwards,
-            "backwards": 0,
-        }
+        record = {"evidence": evidence, "adapted_weight": weight, "disagreement": mean}
+        return Prediction(fused, {**record, **self._cost()}, uncertainty)
+
+    def source_norms(self) -> AlignedNorms:
+        """Return the norm layers that are corrected."""
+        return self.norms
+
+    def _cost(self) -> dict[str, int]:
+        return {"forwards": self.norms.forwards, "backwards": 0}
 
     def _bound(self) -> None:
         find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
@@ -117,7 +108,6 @@ class SiteCorrection(AdaptationMethod):
 
     def _reset(self) -> None:
         self.site.reset()
-        self.uncertainty = None
 
     def _state(self) -> dict[str, Any]:
         return {"site": self.site.adaptation_state()}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
 
 __all__ = ["Source"]
 
@@ -27,7 +27,7 @@ class Source(AdaptationMethod):
 
     takes_windows = True
 
-    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict]:
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
         forwards = 0
 
         def run(images: Tensor) -> Tensor:
@@ -37,4 +37,4 @@ class Source(AdaptationMethod):
 
         with torch.no_grad():
             logits = self.route.inferer(image, run)
-        return logits, {"forwards": forwards, "backwards": 0}
+        return Prediction(logits, {"forwards": forwards, "backwards": 0})

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.networks.alignment.norms import BlendedNorms
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
+from mgipt_monai.networks.alignment.norms import AlignedNorms, BlendedNorms
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
 from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_step, check_tuning, loss_gradient
 from mgipt_monai.utils.state_checks import check_finite, check_tensors
@@ -115,7 +115,7 @@ class VPTTA(AdaptationMethod):
         """Return the latest image under its prompt."""
         return LowFrequencies(image, self.side, self.centred).apply(self.prompts[-1])
 
-    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
         self.norms.start(image)
         root = math.sqrt(self.images_seen + 1)
         self.norms.source_weight = root / (root + self.warm_n)
@@ -131,12 +131,7 @@ class VPTTA(AdaptationMethod):
 
         self.amplitudes = [*self.amplitudes, amplitude][-self.memory_size :]
         self.prompts = [*self.prompts, prompt][-self.memory_size :]
-        return logits, {
-            "loss_before": loss.item(),
-            "memory": len(self.prompts),
-            "forwards": self.norms.forwards,
-            "backwards": self.norms.windows.count,
-        }
+        return Prediction(logits, {"loss_before": loss.item(), "memory": len(self.prompts), **self._cost()})
 
     def _start(self, amplitude: Tensor) -> Tensor:
         """Return the prompt that this image's tuning starts from."""
@@ -164,6 +159,13 @@ class VPTTA(AdaptationMethod):
         adam.step()
         self.moments = [first, second]
         return prompt.detach()
+
+    def source_norms(self) -> AlignedNorms:
+        """Return the norm layers that the prompt is tuned with."""
+        return self.norms
+
+    def _cost(self) -> dict[str, int]:
+        return {"forwards": self.norms.forwards, "backwards": self.norms.windows.count}
 
     def _bound(self) -> None:
         self.norms = BlendedNorms(self.network, self.aligned_layers, statistics=self.statistics, route=self.route)

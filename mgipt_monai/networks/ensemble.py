@@ -51,6 +51,10 @@ class ConfidenceEnsemble(nn.Module):
             raise ValueError(f"one_channel must be one of {', '.join(choices)}; got {one_channel!r}")
         self.instance_factor, self.global_factor, self.one_channel = instance_factor, global_factor, one_channel
 
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return f"instance_factor={self.instance_factor}, global_factor={self.global_factor}"
+
     def forward(self, logits: Tensor, has_instance: bool = True) -> Tensor:
         """Fuse the logits.
 

@@ -72,7 +72,7 @@ def test_weights_may_be_loaded_after_construction_and_are_checked_at_the_first_i
     method, image = build(kind, path, seed=1), images()[0]
     fresh = method.adaptation_state()
     for _ in range(2):
-        with torch.inference_mode(), pytest.raises(ValueError, match=r"made for other weights.*calibrate\.yaml"):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"made for other weights.*source-statistics"):
             method(image)
         assert same_state(method.adaptation_state(), fresh)
     method.network.load_state_dict(MixedNet().state_dict())
@@ -99,7 +99,7 @@ def test_weights_are_checked_anew_after_bind_and_reset_alone(kind: type, path: P
 
 @both
 def test_network_that_stores_nothing_is_refused_without_a_file(kind: type) -> None:
-    with pytest.raises(ValueError, match=r"1 x InstanceNorm2d, 1 x GroupNorm, 1 x LayerNorm\): .*calibrate\.yaml"):
+    with pytest.raises(ValueError, match=r"1 x InstanceNorm2d, 1 x GroupNorm, 1 x LayerNorm\): .*source-statistics"):
         kind(MixedNet())
 
 

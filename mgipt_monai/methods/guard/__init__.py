@@ -4,5 +4,6 @@
 from __future__ import annotations
 
 from .guard import Guard, Verdict
+from .guarded import Guarded
 
-__all__ = ["Guard", "Verdict"]
+__all__ = ["Guard", "Guarded", "Verdict"]

@@ -1,20 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The thresholds of the guard: which signal each bounds, and what is said where one is crossed."""
+"""The guard's judgement: which signal each threshold bounds, what is refused, and what may be learnt from an image."""
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from mgipt_monai.methods.guard.loss_memory import LossMemory
-from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
 from mgipt_monai.utils.state_checks import check_keys
 
-__all__ = ["THRESHOLDS", "Guard", "Threshold", "Verdict"]
+__all__ = ["THRESHOLDS", "Guard", "Lasting", "Threshold", "Verdict", "area_change"]
+
+SMALL_SHARE = 1e-4
+"""Of the image, added to an area, so that an empty class has a ratio."""
 
 
 class Threshold(NamedTuple):
@@ -84,6 +88,22 @@ THRESHOLDS = {
 }
 
 
+class Lasting(Protocol):
+    """What a method keeps between images, and the guard may put back."""
+
+    def adaptation_state(self) -> dict[str, Any]:
+        """Return a copy of it."""
+        ...
+
+    def load_adaptation_state(self, state: dict[str, Any]) -> None:
+        """Put it back."""
+        ...
+
+    def check_adaptation_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError unless ``state`` fits."""
+        ...
+
+
 @dataclass
 class Verdict:
     """What the guard says of one image.
@@ -128,7 +148,7 @@ class Guard(nn.Module):
 
     Attributes:
         memory: the stream's losses.
-        good: the last good global prompts, as their ``adaptation_state``; empty before there are any.
+        good: what the method kept after the last good image; before there is one, what it keeps before the first image.
 
     Example:
         >>> guard = Guard(min_agreement=0.6)
@@ -161,10 +181,19 @@ class Guard(nn.Module):
         self.memory = LossMemory(warm_up)
         self.reset()
 
-    def reset(self) -> None:
-        """Forget the stream."""
+    def extra_repr(self) -> str:
+        """Return the thresholds and the warm-up."""
+        return ", ".join(f"{name}={getattr(self, name)}" for name in [*THRESHOLDS, "warm_up"])
+
+    def reset(self, start: dict[str, Any] | None = None) -> None:
+        """Forget the stream.
+
+        Args:
+            start: what the guarded method keeps before its first image, which counts as good; None stands for global
+                prompts.
+        """
         self.memory.reset()
-        self.good: dict[str, list[Tensor]] = {"students": [], "teachers": []}
+        self.good: dict[str, Any] = {"students": [], "teachers": []} if start is None else start
 
     def compare(self, loss: float) -> dict[str, float]:
         """Return the signals that need the stream's memory, of an image with this unadapted alignment loss.
@@ -194,44 +223,62 @@ class Guard(nn.Module):
         accept = not any(THRESHOLDS[name].refuses for name in crossed)
         return Verdict(accept, learn=not reasons, reasons=reasons)
 
-    def settle(
-        self, verdict: Verdict, signals: Mapping[str, float], prompts: GlobalPrompts, before: dict[str, list[Tensor]]
-    ) -> None:
-        """Let the global prompts keep the image's step or not, and remember the image's loss.
+    def settle(self, verdict: Verdict, signals: Mapping[str, float], lasting: Lasting, before: dict[str, Any]) -> None:
+        """Let the method keep what it learnt from the image or not, and remember the image's loss.
 
         Args:
             verdict: what :meth:`judge` said of the image.
             signals: what it was said of.
-            prompts: the global prompts, after the image's step.
-            before: their state before it.
+            lasting: what the method keeps between images, after the image (MGIPT: its global prompts).
+            before: its state before the image.
         """
         if self._is_crossed("max_drift", signals) and not signals["repeated"]:
-            prompts.load_adaptation_state(self.good)
+            lasting.load_adaptation_state(self.good)
         elif not verdict.learn:
-            prompts.load_adaptation_state(before)
-        elif self.max_drift is not None and signals["drift"] <= self.max_drift / 2:
-            self.good = prompts.adaptation_state()
+            lasting.load_adaptation_state(before)
+        elif self.max_drift is not None and signals.get("drift", math.inf) <= self.max_drift / 2:
+            self.good = lasting.adaptation_state()
         if not signals["repeated"]:
             self.memory.add(signals["loss"])
 
     def adaptation_state(self) -> dict[str, Any]:
         """Return what lasts between images: plain numbers, and copies of the last good global prompts."""
-        return {**self.memory.state(), **{role: [p.clone() for p in prompts] for role, prompts in self.good.items()}}
+        return {**self.memory.state(), **copy.deepcopy(self.good)}
 
-    def load_adaptation_state(self, state: dict[str, Any], prompts: GlobalPrompts) -> None:
+    def load_adaptation_state(self, state: dict[str, Any], lasting: Lasting) -> None:
         """Take over what :meth:`adaptation_state` returned.
 
         Args:
             state: the state.
-            prompts: the global prompts that it must fit.
+            lasting: what the method keeps between images, which it must fit.
 
         Raises:
             ValueError: if it does not fit; nothing is changed then.
         """
-        check_keys("guard's state", state, {*self.memory.state(), *self.good})
-        prompts.check_adaptation_state(state)
+        check_keys("guard's state", state, {*self.memory.state(), *lasting.adaptation_state()})
+        lasting.check_adaptation_state(state)
         self.memory.load_state(state)
-        self.good = {role: [p.detach().clone() for p in state[role]] for role in self.good}
+        self.good = copy.deepcopy({key: state[key] for key in lasting.adaptation_state()})
 
     def _is_crossed(self, name: str, signals: Mapping[str, float]) -> bool:
         return THRESHOLDS[name].is_crossed(getattr(self, name), signals)
+
+
+def area_change(masks: Tensor, others: Tensor) -> float:
+    """Return the largest ratio, at least 1, between the areas of a class in two predictions of one image.
+
+    A ten-thousandth of the image is added to either area: a class that becomes empty, or appears from nothing, gives a
+    large ratio, and a few voxels of a class that is hardly there do not.
+
+    Args:
+        masks: of 0 and 1, (1, K, \\*spatial).
+        others: same shape.
+
+    Example:
+        >>> whole, half = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
+        >>> half[:, :, 4:] = 0
+        >>> round(area_change(whole, half), 2)
+        2.0
+    """
+    one, other = (each.flatten(2).mean(dim=2) + SMALL_SHARE for each in (masks, others))
+    return torch.maximum(one / other, other / one).max().item()

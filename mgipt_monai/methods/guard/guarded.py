@@ -1,210 +1,211 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What surrounds MGIPT's adaptation to an image: a guard that may overrule it, and what lasts between images."""
+"""A guard around any method: each image is also predicted without adaptation, and the guard judges the difference."""
 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.inferers import Inferer, SimpleInferer
-from torch import Tensor
+from monai.inferers import Inferer
+from torch import Tensor, nn
 
-from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.methods.budget import fit
-from mgipt_monai.methods.guard.guard import Guard
-from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.methods.base import AdaptationMethod, Prediction, plain_settings
+from mgipt_monai.methods.guard.guard import Guard, area_change
+from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.ensemble import disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, binarize, consistency_score
-from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
-from mgipt_monai.networks.prompts.instance_prompt import InstancePrompt
 
-__all__ = ["GuardedMethod", "area_change"]
-
-SMALL_SHARE = 1e-4
+__all__ = ["Guarded"]
 
 
-class GuardedMethod(AdaptationMethod):
-    """A method with an instance prompt and global prompts, which a guard may overrule.
+class Guarded(AdaptationMethod):
+    """A method whose predictions a guard may overrule, and whose learning it may undo.
 
-    With a guard each image is also predicted without adaptation, which costs 1 F more, in the network's own
-    normalisation and through the same windows. What the guard saw and said is in the image's record: ``decision``
-    (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``. Each record also has ``prompt_norm``, the
-    Euclidean distance of the global prompts from ones after the image, and, with a limit of cost, ``dropped``.
+    Each image is also predicted without adaptation, in the network's own normalisation and through the same windows,
+    which costs 1 F more. Where the guard refuses the adapted prediction, the unadapted one is returned; where it does
+    not let the method learn, what lasts between images is as before the image. Each record has what the guard saw and
+    said: ``decision`` (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``.
 
-    Attributes:
-        uncertainty: where the views of the latest call's images disagreed, (B, 1, \\*spatial) in [0, 1], see
-            :func:`mgipt_monai.networks.ensemble`; also where the guard fell back. None before the first call,
-            after one that failed and after ``reset``. It is replaced by the next call and never saved.
+    Everything else is the wrapped method's: its settings, its state (with the guard's under ``guard``), its attributes.
+    ``MGIPT(network, guard=Guard())`` builds one.
+
+    Args:
+        method: the method to guard.
+        guard: None takes :class:`Guard` with its defaults.
+        head: how logits become masks, to compare them; None takes the method's own, else ``sigmoid``.
+
+    Raises:
+        TypeError: if ``method`` is not an adaptation method, or is guarded already.
+        ValueError: if the network stores no source statistics and the method was given none, or the method's own limit
+            of cost leaves no room for one more forward.
+
+    Example:
+        >>> from mgipt_monai import VPTTA
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> guarded = Guarded(VPTTA(network), Guard(min_agreement=0.9))
+        >>> logits = guarded(torch.rand(1, 3, 32, 32))
+        >>> guarded.last[0]["decision"] in ("adapted", "unadapted")
+        True
     """
 
-    norms: AlignedNorms
-    instance_prompt: InstancePrompt
-    global_prompts: GlobalPrompts
-    guard: Guard | None
-    head: Head
-    max_forwards: int | None = None
-    uncertainty: Tensor | None = None
-    _backwards: int
-    _dropped: list[str]
+    _network_key = "method.network"
 
-    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
-        """Run the network through an inferer from now on (see :class:`AdaptationMethod`).
+    def __init__(self, method: AdaptationMethod, guard: Guard | None = None, head: Head | None = None) -> None:
+        if not isinstance(method, AdaptationMethod) or isinstance(method, Guarded):
+            found = type(method).__name__
+            raise TypeError(f"method must be an adaptation method without a guard, such as MGIPT(network); got {found}")
+        # the wrapped method has the network, the route and the count of images
+        nn.Module.__init__(self)
+        self.method = method
+        self.guard = Guard() if guard is None else guard
+        self.last = []
+        self.uncertainty = None
+        self._rollback = None
+        self._head: Head = getattr(method, "head", "sigmoid") if head is None else head
+        self.source_norms()
+        method.reserve(1)
+        self.guard.reset(method._state())
 
-        Raises:
-            ValueError: with ``max_forwards``, for an inferer of windows.
-        """
-        if self.max_forwards is not None and not isinstance(inferer, SimpleInferer):
-            raise ValueError(
-                f"max_forwards={self.max_forwards} cannot be kept through a {type(inferer).__name__}, whose windows "
-                "depend on the image: set max_forwards to None, or use a SimpleInferer"
-            )
-        super().predict_through(inferer, windows)
-
-    def _spend(self, max_forwards: int) -> None:
-        """Leave out what ``max_forwards`` does not allow."""
-        self.instance_prompt, self.global_prompts, self._dropped = fit(
-            max_forwards, self.instance_prompt, self.global_prompts, self.guard is not None
-        )
-        self.max_forwards = max_forwards
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Adapt to each image, then predict it, and keep where the views disagreed; see the base class."""
-        self.uncertainty, self._maps = None, []
-        try:
-            logits = super().forward(image)
-            self.uncertainty = torch.cat(self._maps)
-        finally:
-            self._maps = []
-        return logits
-
-    @abstractmethod
-    def _adapt(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Adapt to one image (1, C, \\*spatial), unguarded; return its logits and the record of what was done."""
-
-    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        self.norms.start(image)
-        self._backwards = 0
-        logits, record = self._adapt(image) if self.guard is None else self._adapt_guarded(image, self.guard)
-        teachers = [teacher - 1 for teacher in self.global_prompts.teachers]
-        record["prompt_norm"] = math.hypot(*(teacher.norm().item() for teacher in teachers))
-        if self.max_forwards is not None:
-            record["dropped"] = self._dropped
-        return logits, record
-
-    def _adapt_guarded(self, image: Tensor, guard: Guard) -> tuple[Tensor, dict[str, Any]]:
-        before = self.global_prompts.adaptation_state()
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
+        method, guard, lasting = self.method, self.guard, _Lasting(self.method)
+        before = lasting.adaptation_state()
+        norms = method.source_norms()
+        norms.start(image)
         with torch.no_grad():
-            unadapted, loss = self.norms.predict_and_measure(image)
+            unadapted, loss = norms.predict_and_measure(image)
+        own_forwards = norms.forwards
         if not (torch.isfinite(unadapted).all() and math.isfinite(loss)):
             raise ValueError("the unadapted prediction or its loss is not finite: check the network's weights")
         try:
-            adapted, record = self._adapt(image)
+            adapted = method._adapt_and_predict(image)
         except FloatingPointError:
             # a tuning step was not finite: the same as a prediction that is not
-            adapted = torch.full_like(unadapted, torch.nan)
-            mean = self._disagreement(adapted)
-            record = {"disagreement": mean, "forwards": self.norms.forwards, "backwards": self._backwards}
-        signals = {**guard.compare(loss), **self._signals(adapted, unadapted, record)}
+            adapted = self._not_finite(unadapted)
+        signals = {**guard.compare(loss), **self._signals(adapted, unadapted)}
         verdict = guard.judge(signals)
-        guard.settle(verdict, signals, self.global_prompts, before)
-        return adapted if verdict.accept else unadapted, {
-            **record,
+        guard.settle(verdict, signals, lasting, before)
+        record = {
+            **adapted.record,
+            "forwards": adapted.record["forwards"] + own_forwards,
             "decision": "adapted" if verdict.accept else "unadapted",
             "learned": verdict.learn,
             "reasons": verdict.reasons,
             "signals": signals,
         }
+        return Prediction(adapted.logits if verdict.accept else unadapted, record, adapted.uncertainty)
 
-    def _disagreement(self, logits: Tensor) -> float:
-        """Keep the map of where the views (N, K, \\*spatial) of an image disagree, and return the image's number."""
-        uncertainty, mean = disagreement(logits, self.head)
-        self._maps.append(uncertainty)
-        return mean
+    def _not_finite(self, unadapted: Tensor) -> Prediction:
+        logits, record = torch.full_like(unadapted, torch.nan), self.method._cost()
+        if not self.has_uncertainty:
+            return Prediction(logits, {**record})
+        uncertainty, mean = disagreement(logits, self._head)
+        return Prediction(logits, {"disagreement": mean, **record}, uncertainty)
 
-    def _signals(self, adapted: Tensor, unadapted: Tensor, record: dict[str, Any]) -> dict[str, float]:
-        if not torch.isfinite(adapted).all():
+    def _signals(self, adapted: Prediction, unadapted: Tensor) -> dict[str, float]:
+        if not torch.isfinite(adapted.logits).all():
             return {"finite": 0.0}
-        drift = _farthest_from_one(self.global_prompts.teachers)
-        signals = {
+        return {
             "finite": 1.0,
-            "agreement": 1 - consistency_score(adapted, unadapted, self.head),
-            "area_change": area_change(binarize(adapted, self.head), binarize(unadapted, self.head)),
-            "prompt": drift,
-            "drift": drift,
+            "agreement": 1 - consistency_score(adapted.logits, unadapted, self._head),
+            "area_change": area_change(binarize(adapted.logits, self._head), binarize(unadapted, self._head)),
+            **self.method.signals(adapted.record),
         }
-        if self.instance_prompt.sizes:
-            signals["prompt"] = max(drift, _farthest_from_one([self.instance_prompt.amplitude]))
-            signals["loss_drop"] = 1 - record["loss_after"] / max(record["loss_before"], 1e-12)
-        if record["consistency"]:
-            signals["inconsistency"] = record["consistency"][record["instance_size"]]
-        return signals
+
+    def adapted_input(self, image: Tensor) -> Tensor:
+        """Return the latest image as the network saw it; as it is where the unadapted prediction was returned."""
+        if self.last and self.last[-1]["decision"] == "unadapted":
+            return image
+        return self.method.adapted_input(image)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the wrapped method's settings, with the guard's thresholds under ``guard``."""
+        return {**self.method.settings(), "guard": plain_settings(self.guard)}
+
+    def reset(self) -> None:
+        """Forget the stream, the guard's memory included."""
+        self.method.reset()
+        self.guard.reset(self.method._state())
+        self.last, self.uncertainty = [], None
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.method._state(), "guard": self.guard.adaptation_state()}
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        lasting = _Lasting(self.method)
+        lasting.check_adaptation_state(state)
+        self.guard.load_adaptation_state(state["guard"], lasting)
+        self.method._load_state(state)
+
+    def _standing(self) -> dict[str, Any]:
+        return self.method._standing()
+
+    def bind(self, network: nn.Module) -> None:
+        """Work on ``network`` from now on, see :class:`AdaptationMethod`."""
+        self.method.bind(network)
+
+    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
+        """Run the network through an inferer from now on, see :class:`AdaptationMethod`."""
+        self.method.predict_through(inferer, windows)
 
     def prompt_maps(self) -> dict[str, Tensor]:
-        """Return the global prompts' teachers, by their sides."""
-        teachers = self.global_prompts.adaptation_state()["teachers"]
-        place = "" if self.global_prompts.centred else ", one step off centre"
-        return {" x ".join(map(str, teacher.shape[2:])) + place: teacher[0] for teacher in teachers}
+        """Return the wrapped method's prompts that last."""
+        return self.method.prompt_maps()
+
+    def source_norms(self) -> AlignedNorms:
+        """Return the norm layers that tell how far an image is from the source."""
+        return self.method.source_norms()
+
+    @property
+    def name(self) -> str:
+        """The wrapped method's name: the guard is among the settings."""
+        return self.method.name
+
+    @property
+    def images_seen(self) -> int:
+        """Number of images adapted to since the start of the stream."""
+        return self.method.images_seen
+
+    @images_seen.setter
+    def images_seen(self, count: int) -> None:
+        self.method.images_seen = count
+
+    @property
+    def takes_windows(self) -> bool:
+        """Whether the wrapped method can predict through a sliding-window inferer."""
+        return self.method.takes_windows
+
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether the wrapped method predicts several views of an image."""
+        return self.method.has_uncertainty
 
     @property
     def averaged(self) -> tuple[str, ...]:
-        """The global prompts: students hold what was learnt, and teachers averaged alone would jump back to theirs."""
-        return ("students", "teachers") if self.global_prompts.sizes else ()
+        """What of the wrapped method's state may be averaged over streams."""
+        return self.method.averaged
 
-    def adapted_input(self, image: Tensor) -> Tensor:
-        """Return the latest image under its instance prompt, or, without one, under the smallest global prompt.
-
-        Where the guard fell back to the unadapted prediction it is the image as it is.
-        """
-        if self.last and self.last[-1].get("decision") == "unadapted":
-            return image
-        with torch.no_grad():
-            return self.instance_prompt(image) if self._shows_instance else self.global_prompts(image)[:1]
-
-    @property
-    def _shows_instance(self) -> bool:
-        """Whether one view is that of the instance prompt, or, without any prompt, the image as it is."""
-        return bool(self.instance_prompt.sizes) or not self.global_prompts.sizes
-
-    def _reset(self) -> None:
-        self.uncertainty = None
-        self.instance_prompt.reset()
-        self.global_prompts.reset()
-        if self.guard is not None:
-            self.guard.reset()
-
-    def _state(self) -> dict[str, Any]:
-        prompts = self.global_prompts.adaptation_state()
-        return prompts if self.guard is None else {**prompts, "guard": self.guard.adaptation_state()}
-
-    def _load_state(self, state: dict[str, Any]) -> None:
-        self.global_prompts.check_adaptation_state(state)
-        if self.guard is not None:
-            self.guard.load_adaptation_state(state["guard"], self.global_prompts)
-        self.global_prompts.load_adaptation_state(state)
+    def __getattr__(self, name: str) -> Any:
+        # the wrapped method's parts and settings are to be found as without a guard
+        modules = self.__dict__.get("_modules", {})
+        if name in modules or "method" not in modules or name.startswith("__"):
+            return super().__getattr__(name)
+        return getattr(modules["method"], name)
 
 
-def area_change(masks: Tensor, others: Tensor) -> float:
-    """Return the largest ratio, at least 1, between the areas of a class in two predictions of one image.
+class _Lasting:
+    """What a method keeps between images, as the guard takes it: read, checked and put back."""
 
-    A ten-thousandth of the image is added to either area: a class that becomes empty, or appears from nothing, gives a
-    large ratio, and a few voxels of a class that is hardly there do not.
+    def __init__(self, method: AdaptationMethod) -> None:
+        self._method = method
 
-    Args:
-        masks: of 0 and 1, (1, K, \\*spatial).
-        others: same shape.
+    def adaptation_state(self) -> dict[str, Any]:
+        return self._method._state()
 
-    Example:
-        >>> whole, half = torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8)
-        >>> half[:, :, 4:] = 0
-        >>> round(area_change(whole, half), 2)
-        2.0
-    """
-    one, other = (each.flatten(2).mean(dim=2) + SMALL_SHARE for each in (masks, others))
-    return torch.maximum(one / other, other / one).max().item()
+    def load_adaptation_state(self, state: dict[str, Any]) -> None:
+        self._method._load_state(state)
 
-
-def _farthest_from_one(prompts: Sequence[Tensor]) -> float:
-    return max(((prompt - 1).abs().max().item() for prompt in prompts), default=0.0)
+    def check_adaptation_state(self, state: dict[str, Any]) -> None:
+        before = self._method._state()
+        self._method._load_state(state)
+        self._method._load_state(before)

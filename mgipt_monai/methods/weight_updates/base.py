@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.norms import AlignedNorms
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
@@ -209,7 +209,7 @@ class WeightAdaptation(AdaptationMethod):
     def _copy(self) -> TrainedCopy:
         return self._copy_type(self.network, self._weight_names(), self.aligned_layers, self._optimizer)
 
-    def _adapt_and_predict(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
         if self.adapted is None:
             self.adapted = self._copy()
         name, weight = next(iter(self.adapted.weights.items()))
@@ -218,7 +218,13 @@ class WeightAdaptation(AdaptationMethod):
         adapted = self.adapted
         adapted.norms.forwards = adapted.backwards = 0
         logits, record = self._adapt(adapted, image)
-        return logits.detach(), {"forwards": adapted.norms.forwards, "backwards": adapted.backwards, **record}
+        return Prediction(logits.detach(), {**self._cost(), **record})
+
+    def _cost(self) -> dict[str, int]:
+        adapted = self.adapted
+        return (
+            super()._cost() if adapted is None else {"forwards": adapted.norms.forwards, "backwards": adapted.backwards}
+        )
 
     def _image_seed(self) -> int:
         return int(np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0])

@@ -68,6 +68,10 @@ class SiteStatistics(nn.Module):
         self.horizon, self.caution = int(horizon), float(caution)
         self.reset()
 
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return f"horizon={self.horizon}, caution={self.caution}"
+
     def reset(self) -> None:
         """Forget the site."""
         self._count = 0
@@ -168,7 +172,7 @@ class SiteStatistics(nn.Module):
 
 
 class SiteNorms(AlignedNorms):
-    """Batch norms of a frozen network that, while :meth:`calibrated_to` a site, normalise ``calibrated`` with its part.
+    """Batch norms of a frozen network that, while :meth:`corrected_to` a site, normalise ``calibrated`` with its part.
 
     Otherwise they are :class:`AlignedNorms`, whose ``calibrated`` blends the image's statistics with the source's.
 
@@ -176,7 +180,7 @@ class SiteNorms(AlignedNorms):
         >>> import torch
         >>> norms = SiteNorms(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).eval())
         >>> site = SiteStatistics(caution=0)
-        >>> with norms.calibrated_to(site, looks=True):
+        >>> with norms.corrected_to(site, looks=True):
         ...     features = norms.predict(torch.rand(1, 3, 8, 8), "calibrated")
         >>> features.mean().abs().item() < 1e-5  # one image and no caution: its own statistics
         True
@@ -189,7 +193,7 @@ class SiteNorms(AlignedNorms):
         self.image_share = 0.0
 
     @contextmanager
-    def calibrated_to(self, site: SiteStatistics, looks: bool = False, image_share: float = 0.0) -> Iterator[None]:
+    def corrected_to(self, site: SiteStatistics, looks: bool = False, image_share: float = 0.0) -> Iterator[None]:
         """Normalise ``calibrated`` with a site's statistics meanwhile.
 
         Args:

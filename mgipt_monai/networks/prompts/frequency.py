@@ -119,6 +119,10 @@ class FrequencyPrompt(nn.Module):
         self.centred = centred
         self.amplitude = nn.Parameter(torch.ones(1, in_channels, *[side] * spatial_dims))
 
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return f"channels={self.amplitude.shape[1]}, side={self.side}, centred={self.centred}"
+
     def forward(self, image: Tensor) -> Tensor:
         """Return the prompted image, same shape as ``image`` (B, C, \\*spatial)."""
         return LowFrequencies(image, self.side, self.centred).apply(self.amplitude)

@@ -84,6 +84,15 @@ class GlobalPrompts(nn.Module):
         ]
         return losses
 
+    @property
+    def largest_change(self) -> float:
+        """Largest distance from one of a factor in the teachers; 0 before the first image."""
+        return max(((teacher - 1).abs().max().item() for teacher in self.teachers), default=0.0)
+
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return f"sizes={self.sizes}, lr={self.lr}, teacher_decay={self.teacher_decay}, centred={self.centred}"
+
     def reset(self) -> None:
         """Start a new stream: all prompts are ones again."""
         self.students, self.teachers = [], []

@@ -92,6 +92,15 @@ class InstancePrompt(nn.Module):
             return image
         return LowFrequencies(image, self.amplitude.shape[-1]).apply(self.amplitude)
 
+    @property
+    def largest_change(self) -> float:
+        """Largest distance from one of a factor in the latest image's prompt; 0 before the first image."""
+        return 0.0 if self.amplitude is None else (self.amplitude - 1).abs().max().item()
+
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return f"sizes={self.sizes}, steps={self.steps}, lr={self.lr}, early_stop={self.early_stop}"
+
     def reset(self) -> None:
         """Forget the latest image's prompt."""
         self.amplitude = None
