@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence, Sized
+from contextlib import nullcontext
 from typing import Any
 
 import ignite.distributed as idist
@@ -21,6 +22,7 @@ from monai.metrics import CumulativeIterationMetric
 from torch import nn
 
 from mgipt_monai.data.dataset import FAILURE, PLACE
+from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.metrics import ImageMeasures
 from mgipt_monai.stream.summary import StreamSummary
 from mgipt_monai.utils.files import atomic_path
@@ -145,23 +147,21 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
                 part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
-        method = getattr(self.inferer, "method", None)
-        before = None if method is None else method.adaptation_state()
+        method: AdaptationMethod | None = getattr(self.inferer, "method", None)
         start = time.perf_counter()
         files = file_names(batchdata)
         place = {key: _first(batchdata[key]) for key in PLACE if key in batchdata}
         record = {"name": files[0] if files else "", "site": "", **place}
         try:
-            if FAILURE in batchdata:
-                raise ValueError(_first(batchdata[FAILURE]))
-            output = super()._iteration(engine, batchdata)
-            # the metrics' time is not the method's
-            record["seconds"] = time.perf_counter() - start
-            metrics = self.measures(engine.state.output[0])
+            with nullcontext() if method is None else method.transaction():
+                if FAILURE in batchdata:
+                    raise ValueError(_first(batchdata[FAILURE]))
+                output = super()._iteration(engine, batchdata)
+                # the metrics' time is not the method's
+                record["seconds"] = time.perf_counter() - start
+                metrics = self.measures(engine.state.output[0])
             record |= {"status": "ok", "metrics": metrics, **(method.last[0] if method is not None else {})}
         except Exception as error:
-            if method is not None:
-                method.load_adaptation_state(before)
             if self.stop_on_failure:
                 raise
             record |= {"status": "failed", "reason": naming(root_cause(error), files)}

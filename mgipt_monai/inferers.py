@@ -90,6 +90,10 @@ class AdaptiveInferer(Inferer):
         self.method.predict_through(*self._route())
         return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
 
+    def with_method(self, method: AdaptationMethod) -> AdaptiveInferer:
+        """Return an inferer that predicts alike with another method, such as a twin of this one's."""
+        return AdaptiveInferer(method, self.inferer, self.windows, self.slices)
+
     def bind(self, network: nn.Module) -> None:
         """Let the method adapt this network, if it is another one than before.
 
@@ -99,7 +103,7 @@ class AdaptiveInferer(Inferer):
         if isinstance(network, AdaptationMethod):
             if network is not self.method:
                 raise RuntimeError(
-                    f"the network is itself a {type(network).__name__}: with this {type(self.method).__name__} inferer "
+                    f"the network is itself a {network.name}: with this {self.method.name} inferer "
                     "each image would be adapted to twice; keep one of the two"
                 )
         elif network is not self.method.network:
@@ -110,17 +114,14 @@ class AdaptiveInferer(Inferer):
 
     def _slice_by_slice(self, volumes: Tensor) -> Tensor:
         axis = self.inferer.spatial_dim + 2
-        before, outputs, records = self.method.adaptation_state(), [], []
-        try:
+        outputs, records = [], []
+        with self.method.transaction():
             for volume in volumes.split(1):
                 logits, done = zip(*(self._one_slice(one) for one in volume.unbind(axis)), strict=True)
                 outputs.append(torch.stack(logits, axis))
                 costs = {key: sum(each[key] for each in done) for key in ("forwards", "backwards")}
                 adapted = [each["index"] for each in done if "index" in each]
                 records.append({"index": min(adapted, default=None), "adapted_slices": len(adapted), **costs})
-        except BaseException:
-            self.method.load_adaptation_state(before)
-            raise
         self.method.last = records
         return torch.cat(outputs)
 
@@ -208,13 +209,15 @@ class PersistentInferer(AdaptiveInferer):
             since = time.perf_counter()
             self.bind(network)
             position = self._take_up(stream)
-            before = self.method.adaptation_state()
-            logits = super().__call__(inputs, network, *args, **kwargs)
-            rows = self._rows([Path(name).name for name in file_names(inputs)], position, time.perf_counter() - since)
-            if self.adapt:
-                self._keep(stream, rows)
-            else:
-                self.method.load_adaptation_state(before)
+            start = self.method.adaptation_state()
+            with self.method.transaction(start):
+                logits = super().__call__(inputs, network, *args, **kwargs)
+                names, seconds = [Path(name).name for name in file_names(inputs)], time.perf_counter() - since
+                rows = self._rows(names, position, seconds)
+                if self.adapt:
+                    self._keep(stream, rows)
+            if not self.adapt:
+                self.method.load_adaptation_state(start)
         self.last = rows
         if isinstance(logits, MetaTensor):
             logits.meta["adaptation"] = rows

@@ -210,5 +210,5 @@ def test_sites_may_be_numbers(tmp_path: Path) -> None:
 
 def test_images_without_a_site_are_an_error() -> None:
     engine, _ = evaluator([{"image": stream(1)[0][0]}], streaming=False)
-    with pytest.raises(ValueError, match="reset_at_site needs to know each image's site"):
+    with pytest.raises(ValueError, match="reset_at_site needs each image's site"):
         engine.run()

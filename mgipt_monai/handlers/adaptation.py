@@ -6,19 +6,22 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator
 
 from mgipt_monai.engines import AdaptationEvents
 from mgipt_monai.handlers.evaluators import (
     agree_on_method,
-    check_engine,
-    hear_of_failure,
-    names_of,
+    check_evaluator,
+    names_of_item,
     records_of,
     site_of,
     skip_done,
+    wrap_run,
 )
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
@@ -34,9 +37,9 @@ logger = logging.getLogger(__name__)
 class TestTimeAdaptationHandler:
     """Adapts any ``SupervisedEvaluator`` while it runs, and leaves it as it was.
 
-    While the evaluator runs its inferer is an :class:`AdaptiveInferer` with ``method``, which owns the update; the
+    While the evaluator runs, its inferer is an :class:`AdaptiveInferer` with ``method``, which owns the update. The
     handler restores the adaptation state before the first image, logs and records each image, and saves the state
-    after it and at the end, whatever ends the run.
+    after it and at the end, whatever ends the run. An image that was cut off half-way leaves no trace.
 
     Args:
         method: the adaptation method; None takes the one of the evaluator's own ``AdaptiveInferer``.
@@ -45,15 +48,15 @@ class TestTimeAdaptationHandler:
         resume: go on with an interrupted stream where ``state_path`` says, giving what one go would have given. The
             stream must be the same. False starts the stream, and its files, anew.
         start_from: state file of an earlier stream whose adaptation this one continues; not with ``resume``.
-        save_every: images between two savings of the state, which is also saved at the end.
+        save_every: number of images after which the state is saved; it is also saved at the end.
         reset_at_site: reset the method before an image whose site (the batch's ``site``) is not the site of the image
             before it, be it one that failed, the last one of ``start_from`` or of the handler's earlier run.
-        windows: where the evaluator has a ``SlidingWindowInferer``, through which the method then predicts, in how many
-            windows an image is looked at while it is adapted to (see :class:`AdaptiveInferer`).
-        snapshot_every: images between two snapshots in the state file (see :class:`mgipt_monai.StreamFile`); the state
-            with which a new site begins is kept as well.
-        snapshots: how many snapshots the file keeps; 0 for none, as for methods that change weights.
-        identifiers: whether the records have the images' ``names``, or hide them (``hashed``). Logs have names.
+        windows: where the evaluator has a ``SlidingWindowInferer``, through which the method then predicts: number of
+            windows in which the alignment loss is measured (see :class:`AdaptiveInferer`).
+        snapshot_every: number of images between two snapshots in the state file (see :class:`mgipt_monai.StreamFile`);
+            the state with which a new site begins is kept as well.
+        snapshots: number of snapshots that the file keeps; 0 keeps none, for methods that change weights.
+        identifiers: whether the records have the images' ``names`` or hide them (``hashed``). Logs have names.
 
     Raises:
         ValueError: at construction, for settings that exclude each other.
@@ -73,10 +76,10 @@ class TestTimeAdaptationHandler:
     def __init__(
         self,
         method: AdaptationMethod | None = None,
-        state_path: str | os.PathLike | None = None,
-        record_path: str | os.PathLike | None = None,
+        state_path: str | os.PathLike[str] | None = None,
+        record_path: str | os.PathLike[str] | None = None,
         resume: bool = False,
-        start_from: str | os.PathLike | None = None,
+        start_from: str | os.PathLike[str] | None = None,
         save_every: int = 1,
         reset_at_site: bool = False,
         windows: int = 2,
@@ -87,14 +90,29 @@ class TestTimeAdaptationHandler:
         if resume and state_path is None:
             raise ValueError("resume needs state_path: the file that says where the stream stopped")
         if resume and start_from is not None:
-            raise ValueError("resume goes on with this stream, start_from begins a new one: give one of them")
+            raise ValueError("resume continues this stream, start_from begins a new one: give one of them")
         if save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {save_every}")
-        self.method, self.start_from = method, start_from
+        self._method, self.start_from = method, start_from
         self.stream = None if state_path is None else StreamFile(state_path, snapshot_every, snapshots)
-        self.resume, self.save_every, self.reset_at_site, self.windows = resume, save_every, reset_at_site, windows
-        self._inferer = self._site = None
         self.records = None if record_path is None else AuditTrail(record_path, identifiers)
+        self.resume, self.save_every, self.reset_at_site, self.windows = resume, save_every, reset_at_site, windows
+        self._own_inferer: Any = None  # the evaluator's, while it runs with another
+        self._image = ExitStack()  # the transaction of the image at hand
+        self._position, self._site = 0, None
+        self._adaptation: dict[str, Any] = {}  # the state after the latest whole image, copied once an image
+        self._files: list[str] = []  # of the image at hand
+
+    @property
+    def method(self) -> AdaptationMethod:
+        """The adaptation method.
+
+        Raises:
+            TypeError: before the evaluator's own is known.
+        """
+        if self._method is None:
+            raise TypeError("no method to adapt with: give the handler one, such as MGIPT(network)")
+        return self._method
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator.
@@ -104,103 +122,125 @@ class TestTimeAdaptationHandler:
             TypeError: for an engine that is no ``SupervisedEvaluator``; if the evaluator's inferer cannot be replaced,
                 or no method is given anywhere.
         """
-        check_engine(self, engine)
-        if getattr(engine, "adaptation_handler", None) is not None:
+        evaluator = check_evaluator(self, engine)
+        if getattr(evaluator, "adaptation_handler", None) is not None:
             raise RuntimeError(
                 "the evaluator has an adaptation handler: with two, each image would be adapted to twice"
             )
         # handlers given to an engine's constructor are attached before it has an inferer: then STARTED checks
-        if hasattr(engine, "inferer"):
-            self.method = agree_on_method(engine, self.method, self.windows)
-        engine.adaptation_handler = self
-        engine.add_event_handler(Events.STARTED, self._start)
-        engine.add_event_handler(Events.ITERATION_STARTED, self._image_starts)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self._image_done)
-        if AdaptationEvents.IMAGE_FAILED in engine._allowed_events:
-            engine.add_event_handler(AdaptationEvents.IMAGE_FAILED, self._image_done)
-        engine.add_event_handler(Events.COMPLETED, self._stop)
-        hear_of_failure(engine, self._failed)
+        if hasattr(evaluator, "inferer"):
+            self._method = agree_on_method(evaluator, self._method, self.windows)
+        evaluator.adaptation_handler = self
+        evaluator.register_events(*AdaptationEvents)
+        evaluator.add_event_handler(Events.STARTED, self._start)
+        evaluator.add_event_handler(Events.ITERATION_STARTED, self._image_starts)
+        evaluator.add_event_handler(Events.ITERATION_COMPLETED, self._image_done)
+        evaluator.add_event_handler(AdaptationEvents.IMAGE_FAILED, self._image_done)
+        evaluator.add_event_handler(Events.COMPLETED, self._stop)
+        wrap_run(evaluator, lambda: self._running(evaluator))
 
-    def _start(self, engine: Engine) -> None:
-        self.method = agree_on_method(engine, self.method, self.windows)
+    @contextmanager
+    def _running(self, engine: SupervisedEvaluator) -> Iterator[None]:
+        """Roll back the image at which a run ends early, save, and restore the evaluator."""
+        try:
+            with self._image:
+                yield
+        except BaseException as error:
+            if self._own_inferer is not None:
+                at = f", at {', '.join(self._files)}" if self._files else ""
+                logger.error("the stream stopped after %d images%s: %s", self._position, at, root_cause(error))
+            raise
+        finally:
+            if self._own_inferer is not None:
+                self._stop(engine)
+
+    def _start(self, engine: SupervisedEvaluator) -> None:
+        method = self._method = agree_on_method(engine, self._method, self.windows)
         position, rows = 0, []
         if self.stream is not None:
             self.stream.acquire()
         try:
-            if self.resume and self.stream.exists():
-                position = self._take_up(self.stream)["position"]
+            if self.resume and self.stream is not None and self.stream.exists():
+                position = self._load(self.stream)
                 rows = [] if self.records is None else self.records.keep(position)
                 skip_done(engine, position, rows, str if self.records is None else self.records.shown)
             else:
                 if self.stream is not None:
-                    self.stream.start(self.method)
+                    self.stream.start(method)
                 if self.start_from is not None:
-                    self._take_up(StreamFile(self.start_from))
+                    self._load(StreamFile(self.start_from))
             if self.records is not None:
-                self.records.begin(self.method, position)
+                self.records.begin(method, position)
         except BaseException:
             self._release()
             raise
         for row in rows if hasattr(engine.state, "summary") else []:
             engine.state.summary.add(row)
         self._note(position)
-        self._inferer = engine.inferer
+        self._own_inferer = engine.inferer
         if not isinstance(engine.inferer, AdaptiveInferer):
-            engine.inferer = AdaptiveInferer(self.method, engine.inferer, self.windows)
+            engine.inferer = AdaptiveInferer(method, engine.inferer, self.windows)
 
-    def _take_up(self, stream: StreamFile) -> dict[str, Any]:
-        """Load the adaptation, and the site of its latest image, from a state file; return all that the file holds."""
+    def _load(self, stream: StreamFile) -> int:
+        """Load the adaptation, and the site of its latest image, from a state file; return its position."""
         content = stream.load(self.method)
         self._site = content["site"]
-        return content
+        return content["position"]
 
-    def _image_starts(self, engine: Engine) -> None:
+    def _image_starts(self, engine: SupervisedEvaluator) -> None:
         self._since, self._files = time.perf_counter(), file_names(engine.state.batch)
-        before, self._site = self._site, site_of(engine.state.batch, self.reset_at_site)
-        if before is not None and self._site != before:
-            if self.stream is not None:
-                self.stream.snapshot(self._done, always=True)
-            # the evaluator takes the state that a failed image goes back to after this, so the reset stays
-            if self.reset_at_site:
-                self.method.reset()
+        site = site_of(engine.state.batch, self.reset_at_site)
+        is_new_site = self._site is not None and site != self._site
+        if is_new_site and self.stream is not None:
+            self.stream.snapshot(self._state(), always=True)
+        self._image.enter_context(self._at(site))
+        if is_new_site and self.reset_at_site:
+            # a failed image returns to this state: the reset stays
+            self.method.reset()
+            self._adaptation = self.method.adaptation_state()
+        self._image.enter_context(self.method.transaction(self._adaptation))
 
-    def _image_done(self, engine: Engine) -> None:
+    @contextmanager
+    def _at(self, site: Any) -> Iterator[None]:
+        """Be at a site; if the run ends at this image, the stream was never there."""
+        before, adaptation, self._site = self._site, self._adaptation, site
+        try:
+            yield
+        except BaseException:
+            self._site, self._adaptation = before, adaptation
+            self.method.load_adaptation_state(adaptation)
+            raise
+
+    def _image_done(self, engine: SupervisedEvaluator) -> None:
         rows = records_of(engine, self.method, time.perf_counter() - self._since)
-        before = self._done["position"]
-        for i, row in enumerate(rows, start=before + 1):
-            logger.info("image %d: %s", i, in_words(row))
+        before = self._position
+        for position, row in enumerate(rows, start=before + 1):
+            logger.info("image %d: %s", position, in_words(row))
             if self.records is not None:
-                self.records.append(row, [*self._files, *names_of(engine, i - 1)])
+                self.records.append(row, [*self._files, *names_of_item(engine, position - 1)])
+        self._image.close()
         self._note(before + len(rows))
         if self.stream is not None:
-            self.stream.snapshot(self._done)
-        if self._done["position"] // self.save_every > before // self.save_every:
+            self.stream.snapshot(self._state())
+        if self._position // self.save_every > before // self.save_every:
             self._save()
 
     def _note(self, position: int) -> None:
-        """Remember where the stream stands after a whole image: the only thing that is ever saved."""
-        self._done = {"adaptation": self.method.adaptation_state(), "position": position, "site": self._site}
-        self._files: list[str] = []  # of the image at hand
+        """Remember the state after a whole image: the only thing that is ever saved or returned to."""
+        self._position, self._adaptation, self._files = position, self.method.adaptation_state(), []
+
+    def _state(self) -> dict[str, Any]:
+        return {"adaptation": self._adaptation, "position": self._position, "site": self._site}
 
     def _save(self) -> None:
         if self.stream is not None:
-            self.stream.save(self.method, self._done)
+            self.stream.save(self.method, self._state())
 
     def _release(self) -> None:
         if self.stream is not None:
             self.stream.release()
 
-    def _stop(self, engine: Engine) -> None:
+    def _stop(self, engine: SupervisedEvaluator) -> None:
         self._save()
         self._release()
-        engine.inferer, self._inferer = self._inferer, None
-
-    def _failed(self, engine: Engine, error: BaseException) -> None:
-        if self._inferer is None:
-            return
-        at = f", at {', '.join(self._files)}" if self._files else ""
-        logger.error("the stream stopped after %d images%s: %s", self._done["position"], at, root_cause(error))
-        # an image that was cut off half-way must leave no trace
-        self.method.load_adaptation_state(self._done["adaptation"])
-        self._site = self._done["site"]
-        self._stop(engine)
+        engine.inferer, self._own_inferer = self._own_inferer, None

@@ -55,8 +55,8 @@ class AveragePromptsHandler:
             raise RuntimeError("attach AveragePromptsHandler first: the adaptation handler saves what it leaves")
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._image_done)
-        if AdaptationEvents.IMAGE_FAILED in engine._allowed_events:
-            engine.add_event_handler(AdaptationEvents.IMAGE_FAILED, self._image_done)
+        engine.register_events(*AdaptationEvents)
+        engine.add_event_handler(AdaptationEvents.IMAGE_FAILED, self._image_done)
         engine.add_event_handler(Events.COMPLETED, self._stop)
 
     def _start(self, engine: Engine) -> None:

@@ -10,7 +10,7 @@ from ignite.engine import Engine, Events
 from torch import Tensor
 from tqdm import tqdm
 
-from mgipt_monai.handlers.evaluators import check_engine
+from mgipt_monai.handlers.evaluators import check_evaluator
 from mgipt_monai.networks.alignment.source_statistics import measure_source_statistics
 
 __all__ = ["SourceStatisticsHandler"]
@@ -49,7 +49,7 @@ class SourceStatisticsHandler:
         Raises:
             TypeError: for an engine that is no ``SupervisedEvaluator``.
         """
-        check_engine(self, engine)
+        check_evaluator(self, engine)
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:

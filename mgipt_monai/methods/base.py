@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,6 +201,18 @@ class AdaptationMethod(nn.Module, ABC):
         finally:
             if is_outermost:
                 self._rollback = None
+
+    def twin(self) -> Self:
+        """Return a copy with a state of its own around the same network."""
+        twin = copy.deepcopy(self, {id(module): module for module in self.network.modules()})
+        twin._rollback = None
+        return twin
+
+    def become(self, twin: Self) -> None:
+        """Take over all that a twin has of its latest image: state, records, prompts and uncertainty."""
+        rollback = self._rollback
+        self.__dict__ = twin.__dict__
+        self._rollback = rollback
 
     def train(self, mode: bool = True) -> Self:
         """Set the flag that MONAI's engines set; the network stays in evaluation mode."""
