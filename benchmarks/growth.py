@@ -3,8 +3,8 @@
 
     python benchmarks/growth.py --chart cost_growth.png
 
-MGIPT with its default settings, all three sizes tried for every image (52 F), on the small U-Net with random weights.
-Times are the fastest of a few turns, except along the stream, where they are means.
+MGIPT with its default settings, with all three prompt sizes for every image (52 F), on the small U-Net with random
+weights. Times are the fastest of a few repeats, except along the stream, where they are means.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mgipt_monai import MGIPT
 from mgipt_monai.networks import InstancePrompt
-from mgipt_monai.report.chart_style import MAIN, plain_axes
+from mgipt_monai.report.charts import MAIN, plain_axes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from soak import resident_memory
@@ -36,30 +36,30 @@ PLAIN_CALLS = 5
 
 
 class Growth(NamedTuple):
-    """One figure's table: what grows, the columns beside it, and a row for each of its values."""
+    """A table of one figure: what grows, its columns, and a row for each value."""
 
     title: str
     columns: tuple[str, ...]
     rows: list[tuple[float, ...]]
 
     def markdown(self) -> str:
-        """Return the table."""
+        """Return the table in Markdown."""
         rows = [f"| {' | '.join(f'{value:.4g}' for value in row)} |" for row in self.rows]
         return "\n".join([f"| {' | '.join(self.columns)} |", f"|{'--:|' * len(self.columns)}", *rows])
 
 
 def small_unet(side: int) -> Size:
-    """Return the U-Net and the side of its images."""
+    """Return the U-Net and the size of its images."""
     return Size(lambda: unet(2, 3), 3, (side, side))
 
 
 def adapting(size: Size, state: dict[str, Tensor], layers: str | None = None) -> MGIPT:
-    """Return MGIPT that tries all sizes for every image, so that each costs the same number of forwards."""
+    """Return MGIPT that tries all prompt sizes for every image, so that all images have the same cost."""
     return MGIPT(loaded(size, state), InstancePrompt(early_stop=False), aligned_layers=layers)
 
 
 def fastest(size: Size, state: dict[str, Tensor], layers: str | None = None) -> tuple[float, float]:
-    """Return the seconds of an image, and of a plain forward."""
+    """Return the seconds for an image, and for a plain forward pass."""
     image, method, network = synthetic(size, 0, gain=0.7), adapting(size, state, layers), loaded(size, state)
     times, plain = [], []
     for _ in range(TURNS):
@@ -70,7 +70,7 @@ def fastest(size: Size, state: dict[str, Tensor], layers: str | None = None) -> 
 
 
 def with_side(sides: Sequence[int]) -> Growth:
-    """Measure images of several sides."""
+    """Measure images of several sizes."""
     rows = []
     for side in sides:
         time_, plain = fastest(size := small_unet(side), weights(size))
@@ -79,7 +79,7 @@ def with_side(sides: Sequence[int]) -> Growth:
 
 
 def with_layers(counts: Sequence[int], side: int) -> Growth:
-    """Measure images of one side with the first layers aligned, in the order of the forward."""
+    """Measure images of one size with the first ``count`` layers aligned, in forward order."""
     size = small_unet(side)
     state = weights(size)
     names = list(adapting(size, state).norms.layers)
@@ -96,7 +96,7 @@ def along_stream(images: int, looks: int = 10) -> Growth:
     size = small_unet(STREAM_SIDE)
     method = adapting(size, weights(size))
     return Growth(
-        "place in the stream", ("images seen", "s/image", "resident MiB"), list(_parts(method, size, images, looks))
+        "position in the stream", ("images seen", "s/image", "resident MiB"), list(_parts(method, size, images, looks))
     )
 
 
@@ -124,13 +124,17 @@ def draw(growths: Sequence[Growth]) -> Figure:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the benchmark with the command-line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", default="64,128,192,256,384,512", help="of the images (default %(default)s)")
-    parser.add_argument("--layers", default="1,2,4,8,12,17", help="aligned, of 17 (default %(default)s)")
-    parser.add_argument("--images", type=int, default=1000, help="of the stream, 64 x 64 (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(default %(default)s)")
-    parser.add_argument("--chart", help="picture to draw, such as cost_growth.png")
+    parser.add_argument(
+        "--sides", default="64,128,192,256,384,512", help="sides of the images in pixels (default %(default)s)"
+    )
+    parser.add_argument(
+        "--layers", default="1,2,4,8,12,17", help="numbers of aligned layers, at most 17 (default %(default)s)"
+    )
+    parser.add_argument("--images", type=int, default=1000, help="length of the stream, 64 x 64 (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads (default %(default)s)")
+    parser.add_argument("--chart", help="file for the figure, such as cost_growth.png")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     sides, layers = ([int(value) for value in text.split(",")] for text in (options.sides, options.layers))

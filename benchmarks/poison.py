@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What images that do not belong to a stream do to the ones that do, without and with the guard.
+"""The effect of images that do not belong to a stream on those that do, without and with the guard.
 
-Every fifth image of the stream is a poison, and one kind repeats an image many times. The good images and their order
-are the same in every run. Printed is their mean DSC:
+Every fifth image of the stream is poison, and one kind repeats an image many times. The good images and their order
+are the same in all runs. Prints their mean DSC:
 
     python benchmarks/poison.py --sites SITES --limit 20 --configs configs/fundus_odoc.yaml --ckpt_path WEIGHTS.pt
 """
@@ -39,7 +39,7 @@ Item = dict[str, Any]
 
 
 def write_poison(kind: str, folder: Path, index: int, size: int, organs: Sequence[str]) -> str:
-    """Write one image of a kind that does not belong to the stream, and return its path."""
+    """Write one poison image of a kind, and return its path."""
     rng = np.random.default_rng([index, MIXED.index(kind)])
     path = folder / f"{kind}_{index:04d}.png"
     if kind == "nan":
@@ -70,8 +70,8 @@ def _picture(path: str) -> Image.Image:
 
 
 def poisoned(good: Sequence[Item], kind: str, repeats: int, write: Callable[[str, int], str]) -> list[Item]:
-    """Return the good items in their order with the poison among them; a poison's ``site`` is ``poison``."""
-    mask = good[0]["label"]  # there must be one; its figure is not looked at
+    """Return the good items in order with poison in between, whose ``site`` is ``poison``."""
+    mask = good[0]["label"]  # required, but its metrics are not used
     stream: list[Item] = []
     if kind == "repeat":
         at = len(good) // 4
@@ -87,7 +87,7 @@ def poisoned(good: Sequence[Item], kind: str, repeats: int, write: Callable[[str
 
 
 def run(stream: Sequence[Item], configs: Sequence[Path], folder: Path, **settings: Any) -> list[dict[str, Any]]:
-    """Run the bundle over a stream and return the records, those of failed images too."""
+    """Run the bundle over a stream and return the records, including those of failed images."""
     folder.mkdir(parents=True)
     datalist = folder / "stream.json"
     datalist.write_text(json.dumps({"testing": list(stream)}))
@@ -101,7 +101,7 @@ def run(stream: Sequence[Item], configs: Sequence[Path], folder: Path, **setting
         **settings,
     )
     workflow.initialize()
-    # black, white and NaN images are meant to be refused
+    # black, white and NaN images are expected to fail
     with contextlib.suppress(StreamFailedError):
         workflow.evaluator.run()
     return RecordFile(folder / "records.jsonl").read()
@@ -122,16 +122,18 @@ def row(kind: str, guard: bool, records: Sequence[dict[str, Any]], clean: dict[s
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the benchmark with the command-line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sites", help="folder of sites with images and masks; without it the demo's photographs")
-    parser.add_argument("--names", help="comma-separated: the sites to take; default all")
-    parser.add_argument("--limit", type=int, default=8, help="good images of each site (default %(default)s)")
-    parser.add_argument("--organ", help="images of another organ; without it synthetic ones")
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated (default %(default)s)")
+    parser.add_argument("--sites", help="folder of sites with images and masks (default: photographs of the demo)")
+    parser.add_argument("--names", help="comma-separated sites to use (default all)")
+    parser.add_argument("--limit", type=int, default=8, help="good images per site (default %(default)s)")
+    parser.add_argument("--organ", help="images of another organ (default: synthetic images)")
+    parser.add_argument(
+        "--kinds", default=",".join(KINDS), help="comma-separated kinds of poison (default %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=500, help="copies of the repeated image (default %(default)s)")
-    parser.add_argument("--configs", nargs="*", type=Path, default=[], help="overlays, such as the task's")
-    parser.add_argument("--ckpt_path", help="source weights; default the bundle's")
+    parser.add_argument("--configs", nargs="*", type=Path, default=[], help="config overlays, such as that of the task")
+    parser.add_argument("--ckpt_path", help="source weights (default: those of the bundle)")
     options = parser.parse_args(arguments)
     if unknown := set(options.kinds.split(",")) - set(KINDS):
         parser.error(f"no kind {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")

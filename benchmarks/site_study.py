@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calibration helps, when, and what could have told: the tables of docs/accuracy.md.
+"""Compares site correction with variants, and label-free signals of its gain: the tables of docs/results/steady.md.
 
-The configs are those of `python -m monai.bundle run`, read from the repository's root; every view of an image is
-predicted once and fused in all the ways that are compared. Printed are DSC against no adaptation, and how label-free
-signals correlate with the gain:
+The configs are those of `python -m monai.bundle run`; run it from the repository root. Each view of an image is
+predicted once and fused in all variants. Prints the DSC compared with no adaptation, and the correlation of label-free
+signals with the gain:
 
     python benchmarks/site_study.py configs/fundus_odoc.yaml --dataset_dir SITES --ckpt_path WEIGHTS.pt \\
       --sites rimone_r2,drishti_gs --limit 40
@@ -35,7 +35,7 @@ TRUSTS = ((1, 1), (2, 1), (3, 1), (2, 2), (2.5, 2), (3, 2), (3, 4))
 
 
 def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) -> tuple[dict[str, Tensor], float]:
-    """Return the image's predictions under each calibration, and the evidence for another site."""
+    """Return the predictions of an image with each set of statistics, and the evidence for another site."""
     norms.start(image)
     site.begin()
     seen = {"source": norms.predict(image), "source, flipped": norms.predict(image.flip(-1)).flip(-1)}
@@ -43,13 +43,13 @@ def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) 
         seen[f"image, source weight {norms.source_weight}"] = norms.predict(image, "calibrated")
     norms.source_weight = 0.8
     seen["image, flipped"] = norms.predict(image.flip(-1), "calibrated").flip(-1)
-    with norms.calibrated_to(site, looks=True):
+    with norms.corrected_to(site, looks=True):
         seen["site"] = norms.predict(image, "calibrated")
     evidence = site.evidence
-    with norms.calibrated_to(site, image_share=0.2):
+    with norms.corrected_to(site, image_share=0.2):
         seen["site and image"] = norms.predict(image, "calibrated")
     if prompts:
-        with norms.calibrated_to(site):
+        with norms.corrected_to(site):
             for side in PROMPT_SIDES:
                 prompt = InstancePrompt(range(1, side + 1, 2), early_stop=False)
                 with torch.enable_grad():
@@ -60,7 +60,7 @@ def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) 
 
 
 def fusions(seen: dict[str, Tensor], evidence: float) -> dict[str, Tensor]:
-    """Return the predictions that are compared."""
+    """Return the predictions to compare."""
     source, site, both = seen["source"], seen["site"], seen["site and image"]
     compared = {name: logits for name, logits in seen.items() if "flipped" not in name}
     compared["mean of source and its flipped view"] = (source + seen["source, flipped"]) / 2
@@ -72,7 +72,7 @@ def fusions(seen: dict[str, Tensor], evidence: float) -> dict[str, Tensor]:
 
 
 def signals(seen: dict[str, Tensor], evidence: float) -> dict[str, float]:
-    """Return what could tell, without a label, whether calibrating to the image helps."""
+    """Return label-free signals that might predict whether calibration to the image helps."""
 
     def entropy(logits: Tensor) -> float:
         p = logits.sigmoid()
@@ -96,14 +96,14 @@ def signals(seen: dict[str, Tensor], evidence: float) -> dict[str, float]:
 
 
 def dice(logits: Tensor, label: Tensor) -> float:
-    """Mean DSC in percent over the structures at the mask's size, 100 where an empty one is predicted empty."""
+    """Return the mean DSC in percent over the structures at mask size, 100 for correctly empty ones."""
     mode = "trilinear" if label.ndim == 5 else "bilinear"
     logits = functional.interpolate(logits, size=label.shape[2:], mode=mode)
     return 100 * compute_dice((logits > 0).float(), label).nan_to_num(1.0).mean().item()
 
 
 def study(configs: Sequence[str], prompts: bool, **settings: object) -> None:
-    """Run over the stream and print both tables."""
+    """Process the stream and print both tables."""
     workflow = ConfigWorkflow(
         config_file=[*CONFIGS, *configs], workflow_type="infer", logging_file=False, bundle_root=str(ROOT / "bundle"),
         output_dir="unused", **settings,
@@ -128,22 +128,22 @@ def study(configs: Sequence[str], prompts: bool, **settings: object) -> None:
         print(
             f"| {name} | {values.mean():.2f} | {gain.mean():+.2f} | {100 * worse:.0f} % | {worst_tenth(values):.2f} |"
         )
-    print("\n| signal | rank correlation with the gain of calibrating to the image |", "|---|--:|", sep="\n")
+    print("\n| signal | rank correlation with the gain of calibration to the image |", "|---|--:|", sep="\n")
     for name in list(told[0])[1:]:
         correlation = spearmanr([row[name] for row in told], [row["gain"] for row in told])[0]
         print(f"| {name} | {correlation:+.2f} |")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the study with the command-line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="*", help="overlays, such as the task's and a shift's")
+    parser.add_argument("configs", nargs="*", help="config overlays, such as those of the task and a shift")
     parser.add_argument("--dataset_dir", required=True)
     parser.add_argument("--ckpt_path", required=True)
-    parser.add_argument("--sites", help="comma-separated, in their order; default all")
-    parser.add_argument("--limit", type=int, help="images of each site at most")
+    parser.add_argument("--sites", help="comma-separated sites, in this order (default all)")
+    parser.add_argument("--limit", type=int, help="at most this number of images per site")
     parser.add_argument("--severity", type=float, help="of configs/shifts/cameras.yaml")
-    parser.add_argument("--prompts", action="store_true", help="instance prompts on top of the site's calibration, too")
+    parser.add_argument("--prompts", action="store_true", help="also with instance prompts on top of site correction")
     options = vars(parser.parse_args(arguments))
     configs, prompts = options.pop("configs"), options.pop("prompts")
     options["sites"] = options["sites"].split(",") if options["sites"] else None

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Thousands of images through one process: what grows with the stream, and should not.
+"""Runs thousands of images in one process, to find resources that grow with the stream.
 
     python benchmarks/soak.py --images 5000
 
-Printed every tenth of the way: resident memory, open file descriptors, and the size of the state file.
+Prints resident memory, open file descriptors and the size of the state file after every tenth of the stream.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZE = 64
 
 
 class Usage(NamedTuple):
-    """What the process holds after so many images: MiB of resident memory, descriptors, bytes of the state file."""
+    """Resources after a number of images: resident memory in MiB, descriptors, bytes of the state file."""
 
     images: int
     resident: float
@@ -36,7 +36,7 @@ class Usage(NamedTuple):
 
 
 class Images(Dataset):
-    """Random images of 64 px that are made when their turn comes."""
+    """Random images of 64 px, generated on access."""
 
     def __init__(self, count: int) -> None:
         super().__init__(range(count))
@@ -47,7 +47,7 @@ class Images(Dataset):
 
 
 def soak(count: int, folder: Path, looks: int = 10) -> list[Usage]:
-    """Run MGIPT over ``count`` images of three sites in turn, and look at the process ``looks`` times."""
+    """Run MGIPT over ``count`` images of three alternating sites, and measure the process ``looks`` times."""
     torch.manual_seed(0)
     network = UNet(2, in_channels=3, out_channels=2, channels=(4, 8), strides=(2,), norm="batch")
     method = MGIPT(network, steps=1, instance_sizes=(1,), global_sizes=(3,))
@@ -69,7 +69,7 @@ def soak(count: int, folder: Path, looks: int = 10) -> list[Usage]:
 
 
 def resident_memory() -> float:
-    """Return this process's resident memory in MiB (Linux)."""
+    """Return the resident memory of this process in MiB (Linux)."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
@@ -79,9 +79,9 @@ def _descriptors() -> Iterator[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the benchmark with the command-line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=5000, help="how many (default %(default)s)")
+    parser.add_argument("--images", type=int, default=5000, help="number of images (default %(default)s)")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an image costs in time and memory: MGIPT as here, as published, and what it is compared with.
+"""Time and memory per image: MGIPT in this package, MGIPT as published, and other methods.
 
     python benchmarks/speed.py --networks resunet34,unet,unet3d --threads 1,2 --repeats 2
 
-Weights are random, with batch-norm statistics measured on synthetic images. Methods take turns on one image in one
-process, each anew at every turn; printed is each one's fastest turn. Peak memory is that of a process of its own.
+Weights are random, with batch-norm statistics measured on synthetic images. The methods run in turns on one image in
+one process, with a new object each time; the fastest of the repeats is printed. Peak memory is measured in a separate
+process.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Method = Callable[[Tensor], Tensor]
 
 
 class Size(NamedTuple):
-    """A network and the image that it takes."""
+    """A network and the size of its images."""
 
     build: Callable[[], nn.Module]
     channels: int
@@ -45,7 +46,7 @@ class Size(NamedTuple):
 
 
 def unet(dims: int, in_channels: int) -> nn.Module:
-    """MONAI's U-Net with residual units."""
+    """Return MONAI's U-Net with residual units."""
     channels, strides = (16, 32, 64, 128, 256), (2, 2, 2, 2)
     return UNet(dims, in_channels, 2, channels=channels, strides=strides, num_res_units=2, norm="batch")
 
@@ -67,7 +68,7 @@ YARDSTICK, EXACT, *_, PLAIN = METHODS
 
 
 def synthetic(size: Size, seed: int, gain: float = 1.0) -> Tensor:
-    """Return a smooth field with noise on it (1, C, \\*spatial), darker with a smaller gain."""
+    """Return a smooth field with noise (1, C, \\*spatial); a smaller gain makes it darker."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(1, size.channels, *[8] * len(size.spatial), generator=generator)
     field = interpolate(coarse, size.spatial, mode="bilinear" if len(size.spatial) == 2 else "trilinear")
@@ -75,7 +76,7 @@ def synthetic(size: Size, seed: int, gain: float = 1.0) -> Tensor:
 
 
 def weights(size: Size) -> dict[str, Tensor]:
-    """Return random weights whose batch norms know what synthetic images look like."""
+    """Return random weights with batch-norm statistics of synthetic images."""
     torch.manual_seed(0)
     network = size.build()
     update_bn([synthetic(size, seed) for seed in range(1, 4)], network)
@@ -83,7 +84,7 @@ def weights(size: Size) -> dict[str, Tensor]:
 
 
 def seconds(call: Callable[[], object], device: str) -> float:
-    """Return how long a call takes."""
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     call()
     if device == "cuda":
@@ -92,14 +93,14 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def turns(size: Size, state: dict[str, Tensor], repeats: int, device: str) -> tuple[dict[str, float], str]:
-    """Let the methods take turns; return each one's fastest, and whether (a) and (b) agree."""
+    """Run the methods in turns; return the fastest time of each, and how well (a) and (b) agree."""
     image = synthetic(size, 0, gain=0.7).to(device)
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(repeats):
         logits, made = {}, {}
         for name, build in METHODS.items():
             made[name] = build(loaded(size, state).to(device))
-            # a plain forward is short, so it is easily disturbed
+            # a plain forward pass is short, so its time varies more
             for _ in range(5 if name == PLAIN else 1):
                 with torch.set_grad_enabled(name != PLAIN):
                     times[name].append(seconds(lambda: logits.update({name: made[name](image)}), device))  # noqa: B023
@@ -109,19 +110,19 @@ def turns(size: Size, state: dict[str, Tensor], repeats: int, device: str) -> tu
     return {name: min(each) for name, each in times.items()}, (
         f"(a) and (b): logits up to {logits[YARDSTICK].abs().max():.2f} differ by at most {difference:.0e}, "
         f"chosen sizes {sizes[0]} and {sizes[1]}. "
-        f"(b) takes {record['forwards']} forwards and {record['backwards']} backwards."
+        f"(b) takes {record['forwards']} forward and {record['backwards']} backward passes."
     )
 
 
 def loaded(size: Size, state: dict[str, Tensor]) -> nn.Module:
-    """Return the network with these weights."""
+    """Return the network with the weights."""
     network = size.build()
     network.load_state_dict(state)
     return network.eval()
 
 
 def peak(network: str, method: str, path: str, device: str) -> tuple[float, float]:
-    """Return this process's peak memory in MiB for one image, and what it held before the image."""
+    """Return the peak memory of this process in MiB for one image, and its memory before the image."""
     size = NETWORKS[network]
     adapt = METHODS[method](loaded(size, torch.load(path, mmap=True)).to(device))
     image = synthetic(size, 0, gain=0.7).to(device)
@@ -132,7 +133,7 @@ def peak(network: str, method: str, path: str, device: str) -> tuple[float, floa
 
 
 def _status(key: str) -> float:
-    # not ru_maxrss, which a process inherits from the one that started it
+    # not ru_maxrss, which a process inherits from its parent
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
@@ -167,11 +168,13 @@ def table(name: str, threads: int, repeats: int, device: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
+    """Run the benchmark with the command-line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", default="unet", help=f"of {', '.join(NETWORKS)} (default %(default)s)")
-    parser.add_argument("--threads", default="1,2", help="comma-separated (default %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each method (default %(default)s)")
+    parser.add_argument(
+        "--networks", default="unet", help=f"comma-separated, from {', '.join(NETWORKS)} (default %(default)s)"
+    )
+    parser.add_argument("--threads", default="1,2", help="comma-separated numbers of threads (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="repeats of each method (default %(default)s)")
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if unknown := set(options.networks.split(",")) - set(NETWORKS):

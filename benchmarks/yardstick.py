@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MGIPT as one would write it down from the paper: what ``mgipt_monai.MGIPT`` is measured against, and compared with.
+"""A direct implementation of MGIPT from the paper, as reference for the speed and results of ``mgipt_monai.MGIPT``.
 
-Nothing is saved: a full Fourier transform for each prompted image, amplitude and phase taken apart and put together
-again; network weights that get gradients, which are thrown away; the normalisation replaced layer by layer and left to
-autograd; prompts and views one after the other; graphs that are held in the checks, where no gradient is asked for.
+It is not optimised: a full Fourier transform per prompted image with separate amplitude and phase; unused gradients of
+the network weights; normalisation replaced layer by layer and differentiated by autograd; prompts and views one after
+the other; and graphs that are kept in the checks, which need no gradient.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LR, BETAS, DECAY, SOURCE_WEIGHT = 0.05, (0.9, 0.99), 0.1, 0.8
 
 
 class _MeasuringNorm(nn.Module):
-    """Stands where a batch norm stood."""
+    """Replaces a batch norm and measures the alignment loss."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
@@ -46,19 +46,19 @@ class _MeasuringNorm(nn.Module):
 
 
 class Yardstick:
-    """MGIPT, called with one image (1, C, \\*spatial) after the other of a stream.
+    """MGIPT, called with the images (1, C, \\*spatial) of a stream one by one.
 
     Args:
-        network: the source network with batch norm; a copy of it is used.
+        network: the source network with batch norm; it is copied.
         tuning: how the network normalises while prompts are tuned, and in the checks of ``released``: ``instance`` for
             the first image and ``calibrated`` from then on. The checks of ``instance`` are ``calibrated``.
         steps: steps per size of the instance prompt.
         instance_sizes: sides of the instance prompt.
         global_sizes: sides of the global prompts.
-        jitter: the view of the check, seeded as in ``mgipt_monai.MGIPT`` with seed 0.
+        jitter: transform of the consistency check, seeded as in ``mgipt_monai.MGIPT`` with seed 0.
 
     Attributes:
-        instance_size: the latest image's chosen side.
+        instance_size: chosen side for the latest image.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Yardstick:
         self.images_seen = self.instance_size = 0
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Adapt to the image, and return its logits (1, K, \\*spatial)."""
+        """Adapt to the image and return its logits (1, K, \\*spatial)."""
         if isinstance(self.jitter, Randomizable):
             seed = np.random.SeedSequence((0, self.images_seen)).generate_state(1)[0]
             self.jitter.set_random_state(seed=int(seed))
@@ -179,7 +179,7 @@ def _batch_norms(network: nn.Module) -> list[str]:
 
 
 def _replaced(network: nn.Module, name: str) -> _MeasuringNorm:
-    """Put a measuring norm in the place of a batch norm, and return it."""
+    """Replace a batch norm with a measuring norm, and return it."""
     *path, last = name.split(".")
     parent = network.get_submodule(".".join(path))
     setattr(parent, last, _MeasuringNorm(getattr(parent, last)))

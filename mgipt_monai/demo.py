@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo: three cameras that the source network has never seen, without and with test-time adaptation.
 
-Run as ``python -m mgipt_monai.demo --bundle bundle --folder build/demo``.
+Run as ``mgipt demo``.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
+from mgipt_monai.installed import find_config, installed, require
 from mgipt_monai.report import Example, draw_examples
 from mgipt_monai.stream.summary import image_means
 
@@ -51,12 +53,13 @@ def run_method(bundle: Path, overlays: list[Path], dataset_dir: Path, output_dir
     seen: dict[str, dict[str, Any]] = {}
 
     def remember(engine: Engine) -> None:
-        (output,) = engine.state.output
+        state: Any = engine.state  # ignite's has no idea of what MONAI and this package add
+        (output,) = state.output
         image = output["image"].as_tensor()
         prompt = getattr(workflow.inferer.method, "instance_prompt", None)
         arrays = {"image": image, "adapted_image": image if prompt is None else prompt(image[None])[0]}
         arrays |= {key: output[key] for key in ("pred", "label")}
-        seen[engine.state.record["name"]] = engine.state.record | {k: _array(v) for k, v in arrays.items()}
+        seen[state.record["name"]] = state.record | {k: _array(v) for k, v in arrays.items()}
 
     workflow.evaluator.add_event_handler(Events.ITERATION_COMPLETED, remember)
     workflow.run()
@@ -110,23 +113,29 @@ def _examples(source: dict[str, dict], adapted: dict[str, dict]) -> list[Example
     return examples
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Make the stream, run it without and with adaptation, print the table and draw the figure."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bundle", type=Path, default=Path("bundle"), help="the bundle's folder")
-    parser.add_argument("--folder", type=Path, default=Path("build/demo"), help="where everything is written")
-    parser.add_argument("--count", type=int, default=16, help="photographs per camera")
-    arguments = parser.parse_args()
+    parser = argparse.ArgumentParser(
+        prog="mgipt demo",
+        description="Three cameras that the network has never seen, without and with adaptation: a table and a figure.",
+        epilog="example: mgipt demo --count 4 (half a minute on two cores)",
+    )
+    parser.add_argument("--bundle", type=Path, default=installed(), help="the bundle's folder (default: `mgipt path`)")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("mgipt_demo"), help="where everything is written (default %(default)s)"
+    )
+    parser.add_argument("--count", type=int, default=16, help="photographs of each camera (default %(default)s)")
+    options = parser.parse_args(arguments)
+    require("demo")
 
-    sites = arguments.folder / "sites"
-    write_demo_stream(sites, [CAMERAS[name] for name in UNSEEN], arguments.count, seed=0)
-    source_overlay = arguments.bundle.parent / "configs" / "methods" / "source.yaml"
-    source = run_method(arguments.bundle, [source_overlay], sites, arguments.folder / "source")
-    adapted = run_method(arguments.bundle, [], sites, arguments.folder / "mgipt")
+    sites = options.folder / "sites"
+    write_demo_stream(sites, [CAMERAS[name] for name in UNSEEN], options.count, seed=0)
+    source = run_method(options.bundle, [find_config("methods/source")], sites, options.folder / "source")
+    adapted = run_method(options.bundle, [], sites, options.folder / "mgipt")
 
-    figure = arguments.folder / "demo.png"
+    figure = options.folder / "demo.png"
     draw_examples(_examples(source, adapted), figure, columns=2)
-    print(f"\n{_table(source, adapted)}\n\nfigure: {figure}\nmasks, records: {arguments.folder / 'mgipt'}")
+    print(f"\n{_table(source, adapted)}\n\nfigure: {figure}\nmasks, records: {options.folder / 'mgipt'}")
 
 
 if __name__ == "__main__":

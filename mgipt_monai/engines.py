@@ -96,7 +96,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         self.summary_path = summary_path
         events = [*(kwargs.pop("event_names", None) or []), AdaptationEvents]
         super().__init__(
-            device=device,
+            device=torch.device(device),
             val_data_loader=val_data_loader,
             network=network,
             inferer=inferer,
@@ -108,7 +108,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         if progress:
             ProgressBar(persist=True, desc="stream").attach(self, output_transform=self._progress)
 
-    def run(self) -> None:
+    def run(self, global_epoch: int = 1) -> None:  # type: ignore[override] # MONAI's evaluators differ from ignite's too
         """Run the stream once.
 
         Raises:
@@ -121,7 +121,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             if self.state.epoch_length == 0:
                 raise ValueError("the stream has no images: give val_data_loader a data set with some")
         self.state.summary = StreamSummary()
-        super().run()
+        super().run(global_epoch)
         self.state.summary = self.state.summary.of_all_processes()
         figures = self.state.summary.figures()
         if not figures["all"]["images"] + figures["all"]["failed"]:

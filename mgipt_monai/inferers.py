@@ -67,7 +67,9 @@ class AdaptiveInferer(Inferer):
             raise ValueError(f"slices='own' needs a SliceInferer, got {type(self.inferer).__name__}")
         method.predict_through(*self._route())
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(  # type: ignore[override] # only a network can be adapted, not any callable
+        self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Adapt and predict.
 
         Args:
@@ -113,6 +115,7 @@ class AdaptiveInferer(Inferer):
         return (SimpleInferer() if self.slices == "own" else self.inferer), self.windows
 
     def _slice_by_slice(self, volumes: Tensor) -> Tensor:
+        assert isinstance(self.inferer, SliceInferer)  # checked at construction
         axis = self.inferer.spatial_dim + 2
         outputs, records = [], []
         with self.method.transaction():
@@ -197,7 +200,9 @@ class PersistentInferer(AdaptiveInferer):
         self.adapt, self.reset = adapt, reset
         self.last: list[dict[str, Any]] = []
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(  # type: ignore[override] # only a network can be adapted, not any callable
+        self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Take up the stream, adapt and predict as :class:`AdaptiveInferer`, and save.
 
         Raises:
@@ -241,8 +246,9 @@ class PersistentInferer(AdaptiveInferer):
         ]
 
     def _keep(self, stream: StreamFile, rows: list[dict[str, Any]]) -> None:
-        for row in rows if self.records is not None else []:
-            self.records.append(row)
+        if self.records is not None:
+            for row in rows:
+                self.records.append(row)
         state = {"adaptation": self.method.adaptation_state(), "position": rows[-1]["position"], "site": None}
         stream.snapshot(state)
         stream.save(self.method, state)

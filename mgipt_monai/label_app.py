@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put a bundle into MONAI Label's ``monaibundle`` app, in the form that its server runs.
 
-Run as ``python -m mgipt_monai.label_app --bundle bundle --app apps/monaibundle``.
+Run as ``mgipt label-app --app apps/monaibundle``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from monai.bundle import ConfigParser
 
+from mgipt_monai.installed import find_config, installed
 from mgipt_monai.utils.files import atomic_path
 from mgipt_monai.utils.weights import load_source_weights
 
@@ -69,16 +70,23 @@ def write_label_bundle(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the bundle into an app as told on the command line."""
-    parser = argparse.ArgumentParser(description="Put a bundle into MONAI Label's monaibundle app.")
-    parser.add_argument("--bundle", default="bundle", help="the bundle's folder (default %(default)s)")
+    parser = argparse.ArgumentParser(
+        prog="mgipt label-app",
+        description="Put a bundle into MONAI Label's monaibundle app.",
+        epilog="example: mgipt label-app --app apps/monaibundle --overlays my_network.yaml --ckpt_path network.pt",
+    )
+    parser.add_argument("--bundle", default=installed(), help="the bundle's folder (default: `mgipt path`)")
     parser.add_argument("--app", required=True, help="the app's folder")
     parser.add_argument("--name", default="mgipt_segmentation", help="the model's name (default %(default)s)")
-    parser.add_argument("--overlays", nargs="*", default=[], help="configs to lay over the bundle's inference.yaml")
+    parser.add_argument(
+        "--overlays", nargs="*", default=[], help="files or installed overlays, laid over inference.yaml"
+    )
     parser.add_argument("--ckpt_path", help="the source network's weights (default: the bundle's)")
     options = parser.parse_args(arguments)
     folder = Path(options.app) / "model" / options.name
     try:
-        write_label_bundle(options.bundle, folder, options.overlays, options.ckpt_path)
+        overlays = [find_config(overlay) for overlay in options.overlays]
+        write_label_bundle(options.bundle, folder, overlays, options.ckpt_path)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"{folder}: start the server with --app {options.app} --conf models {options.name}")

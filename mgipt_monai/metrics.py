@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured of one predicted image, and the metrics that MONAI does not have."""
+"""Metrics of one predicted image, and metrics that MONAI does not provide."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,18 +16,18 @@ from torch import Tensor
 __all__ = ["PROBABILITY", "ImageMeasures", "MaxEMeasure", "SMeasure"]
 
 PROBABILITY = "prob"
-"""The key of the probability map in a postprocessed output."""
+"""Key of the probability map in a postprocessed output."""
 
 IN_SPACING = (HausdorffDistanceMetric, SurfaceDistanceMetric, SurfaceDiceMetric)
 
 
 class ImageMeasures:
-    """Applies MONAI metrics to one image at a time and names their values.
+    """Applies MONAI metrics to one image at a time and returns their values by class.
 
     Args:
         mask_metrics: name to metric (``reduction="none"``) of the predicted mask.
-        probability_metrics: name to metric of the probability map, which the postprocessing must leave under ``prob``.
-        class_names: names of the prediction's channels; None numbers them.
+        probability_metrics: name to metric of the probability map, which the postprocessing must store as ``prob``.
+        class_names: names of the prediction's channels; None uses their numbers.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class ImageMeasures:
         """Measure a decollated, postprocessed output.
 
         Args:
-            output: ``label`` and ``pred``, masks of 0 and 1 (K, \\*spatial), and for probability metrics
-                ``prob``, whose last K channels count (a softmax background comes first).
+            output: ``label`` and ``pred``, masks of 0 and 1 (K, \\*spatial), and for probability metrics ``prob``,
+                of which the last K channels are used (a softmax background comes first).
 
         Returns:
-            Per metric the value of each class; distances in the unit of the label's spacing (pixels where a file has
-            none). Empty without a label.
+            The value of each class for each metric; distances are in the unit of the label's spacing (pixels for files
+            without spacing). Empty if there is no label.
 
         Raises:
             ValueError: if the mask and the prediction differ in shape, or ``prob`` is missing.
@@ -59,22 +59,22 @@ class ImageMeasures:
         pred = output[CommonKeys.PRED]
         if pred.shape != label.shape:
             raise ValueError(
-                f"the mask is {tuple(label.shape)} where the prediction is {tuple(pred.shape)}: it must have the "
-                "image's size, and one channel per class"
+                f"the mask has shape {tuple(label.shape)} but the prediction {tuple(pred.shape)}: it must have the "
+                "size of the image, and one channel per class"
             )
         if self.probability_metrics and PROBABILITY not in output:
-            raise ValueError(f"probability_metrics need the output's {PROBABILITY!r}: copy it in the postprocessing")
+            raise ValueError(f"probability_metrics need {PROBABILITY!r} in the output: copy it in the postprocessing")
         values = {name: self._values(metric, pred, label) for name, metric in self.mask_metrics.items()}
         for name, metric in self.probability_metrics.items():
             values[name] = self._values(metric, output[PROBABILITY][-len(label) :], label)
         return values
 
     def _values(self, metric: CumulativeIterationMetric, pred: Tensor, label: Tensor) -> dict[str, float]:
-        options = {}
+        options: dict[str, Any] = {}
         if isinstance(metric, IN_SPACING) and hasattr(label, "pixdim"):
             options["spacing"] = label.pixdim[: label.ndim - 1].tolist()
-        scores = metric(y_pred=[pred], y=[label], **options)[0].tolist()
-        # the buffer would grow with the stream; the records keep the values
+        scores = cast(Tensor, metric(y_pred=[pred], y=[label], **options)[0]).tolist()
+        # the metric's buffer would grow with the stream; the values are kept in the records
         metric.reset()
         return dict(zip(self.class_names or map(str, range(len(scores))), scores, strict=True))
 
@@ -83,15 +83,17 @@ py_sod_metrics, _ = optional_import("py_sod_metrics", descriptor="{}: pip instal
 
 
 class _MapMetric(CumulativeIterationMetric):
-    """A metric of one probability map and one mask, computed for each image and channel."""
+    """A metric of a probability map and a mask, computed for each image and channel."""
 
-    def _compute_tensor(self, y_pred: Tensor, y: Tensor, **_: Any) -> Tensor:
+    def _compute_tensor(self, y_pred: Tensor, y: Tensor | None = None, **_: Any) -> Tensor:
+        if y is None:
+            raise ValueError(f"{type(self).__name__} needs masks to compare with")
         if y_pred.ndim != 4 or y_pred.shape != y.shape:
             raise ValueError(
-                f"{type(self).__name__} needs maps and masks of one two-dimensional shape (B, K, H, W), got "
+                f"{type(self).__name__} needs two-dimensional maps and masks of one shape (B, K, H, W), got "
                 f"{tuple(y_pred.shape)} and {tuple(y.shape)}"
             )
-        # interpolation may leave [0, 1] by a rounding error
+        # interpolated values may exceed [0, 1] by a rounding error
         maps, masks = y_pred.detach().clamp(0, 1).cpu().double().numpy(), (y > 0.5).cpu().numpy()
         scores = [[self._score(m, t) for m, t in zip(*pair, strict=True)] for pair in zip(maps, masks, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
@@ -109,11 +111,11 @@ class MaxEMeasure(_MapMetric):
     """Maximum enhanced-alignment measure (Fan et al., IJCAI 2018) over the 256 thresholds of a probability map.
 
     Called like a MONAI metric with probabilities in [0, 1] and masks of 0 and 1, each (B, K, H, W) or a list of
-    (K, H, W); gives (B, K) in [0, 1], higher is better. The maximum is taken per image and channel, and the map is not
-    stretched to [0, 1] first.
+    (K, H, W); returns (B, K) in [0, 1], higher is better. The maximum is taken per image and channel; the map is not
+    rescaled to [0, 1] first.
 
     Raises:
-        ValueError: for maps that are not two-dimensional or not of the masks' shape.
+        ValueError: if the maps are not two-dimensional or differ from the masks in shape.
         OptionalImportError: if pysodmetrics is not installed.
 
     Example:
@@ -130,9 +132,9 @@ class MaxEMeasure(_MapMetric):
 
 
 class SMeasure(_MapMetric):
-    """Structure measure (Fan et al., ICCV 2017) of a probability map: half object-, half region-aware similarity.
+    """Structure measure (Fan et al., ICCV 2017): the mean of object- and region-aware similarity.
 
-    Shapes, range and errors as for :class:`MaxEMeasure`.
+    Shapes, range and errors are as for :class:`MaxEMeasure`.
 
     Example:
         >>> mask = torch.zeros(1, 1, 16, 16)

@@ -13,12 +13,19 @@ from typing import Any
 import pytest
 import torch
 from monai.data import MetaTensor
+from monai.utils import set_determinism
 from torch import nn
 
 from mgipt_monai import MGIPT, AdaptationMethod, RecordFile
 
 # tiny tensors: more threads only get into each other's way
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws at random is the same on every machine and in every order of the tests."""
+    set_determinism(seed=0, use_deterministic_algorithms=None)
 
 
 def load_benchmark(name: str) -> ModuleType:

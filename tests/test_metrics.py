@@ -42,9 +42,9 @@ def test_measures_come_per_image_and_channel(metric) -> None:
 
 
 def test_measures_refuse_volumes_and_other_shapes() -> None:
-    with pytest.raises(ValueError, match=r"SMeasure needs .* two-dimensional .* got \(1, 1, 8, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"SMeasure needs two-dimensional .* got \(1, 1, 8, 8, 8\)"):
         SMeasure()([torch.rand(1, 8, 8, 8)], [torch.zeros(1, 8, 8, 8)])
-    with pytest.raises(ValueError, match="one two-dimensional shape"):
+    with pytest.raises(ValueError, match="two-dimensional maps and masks of one shape"):
         MaxEMeasure()([torch.rand(1, 8, 8)], [torch.zeros(1, 8, 9)])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods compared over one stream: runs, figures, statistics."""
+"""Comparison of methods over one stream: runs, results, statistics."""
 
 from __future__ import annotations
 

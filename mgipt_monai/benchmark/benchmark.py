@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method over one stream, one after the other, and what came of it."""
+"""Runs several methods over one stream, one after the other, and writes their results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mgipt_monai.engines import StreamFailedError, StreamingAdaptationEvaluator
 from mgipt_monai.handlers import PeakMemoryHandler, TestTimeAdaptationHandler
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods import AdaptationMethod, Source
+from mgipt_monai.report.folder import SCHEMA, SCHEMA_VERSION
 from mgipt_monai.report.pictures import PictureWriter
 from mgipt_monai.stream.records import RecordFile
 from mgipt_monai.utils.files import atomic_path
 from mgipt_monai.utils.provenance import fingerprint
 
-from .results import SCHEMA, SCHEMA_VERSION, summarise
-from .tables import timing, write_images_csv
+from .results import summarise, timing, write_images_csv
 
 __all__ = ["Benchmark"]
 
@@ -28,39 +28,39 @@ logger = logging.getLogger(__name__)
 
 
 class Benchmark:
-    """Runs each method over the same stream, from its start, and writes results, tables and a report.
+    """Runs each method over the same stream and writes results, tables and a report.
 
-    In ``output_dir``: ``results.json`` (the same whether the run was interrupted or not), ``timing.json``,
-    ``images.csv``, ``report.html``, and per method a folder with its records, its adaptation state and, for the report,
-    small **pictures of the images**. Cost: the sum of the methods'.
+    ``output_dir`` gets ``results.json`` (the same for an interrupted and resumed run), ``timing.json``, ``images.csv``,
+    ``report.html``, and a folder per method with its records, its adaptation state and small **pictures of the images**
+    for the report. The cost is the sum of the costs of the methods.
 
     Args:
-        evaluator: makes a :class:`StreamingAdaptationEvaluator` over the stream; it is called for each method with
+        evaluator: builds a :class:`StreamingAdaptationEvaluator` over the stream. It is called for each method with
             ``inferer`` and ``val_handlers`` (in a config: the evaluator with ``_mode_: callable``).
-        methods: name to method, or to a function that makes it (in a config: with ``_mode_: callable``). The first that
-            is a :class:`Source` is the baseline.
+        methods: name to method, or to a function that builds it (in a config: with ``_mode_: callable``). The first
+            :class:`Source` is the baseline.
         output_dir: folder to write to.
-        compare: the names to run, in this order; None runs all.
-        resume: go on where an interrupted run of the same settings stopped; False starts anew.
-        settings: plain settings of the stream that a resumed run must share (seed, order, rounds, ...). ``seed`` seeds
-            the bootstrap, ``reset_at_site`` goes to each :class:`TestTimeAdaptationHandler`.
+        compare: names of the methods to run, in this order; None runs all.
+        resume: continue an interrupted run with the same settings; False starts again.
+        settings: plain settings of the stream that a resumed run must share (seed, order, rounds, ...). ``seed`` is
+            that of the bootstrap; ``reset_at_site`` is passed to each :class:`TestTimeAdaptationHandler`.
 
     Raises:
-        ValueError: at construction, for no method or an unknown name in ``compare``.
+        ValueError: at construction, if there is no method or ``compare`` has an unknown name.
     """
 
     def __init__(
         self,
         evaluator: Callable[..., StreamingAdaptationEvaluator],
         methods: Mapping[str, AdaptationMethod | Callable[[], AdaptationMethod]],
-        output_dir: str | os.PathLike,
+        output_dir: str | os.PathLike[str],
         compare: list[str] | None = None,
         resume: bool = True,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         unknown = [name for name in compare or [] if name not in methods]
         if not methods:
-            raise ValueError("methods is empty: give at least one by its name")
+            raise ValueError("methods is empty: give at least one method")
         if unknown:
             raise ValueError(f"there is no method {', '.join(unknown)}: choose from {', '.join(methods)}")
         self.methods = {name: methods[name] for name in compare or methods}
@@ -68,28 +68,30 @@ class Benchmark:
         self.settings = {"seed": 0, "reset_at_site": False, **(settings or {})}
 
     def run(self) -> dict[str, Any]:
-        """Run what is not done yet; return the content of ``results.json``.
+        """Run what has not been run yet, and return the content of ``results.json``.
 
         Raises:
-            ModuleNotFoundError: at once, if what the report needs is not installed.
-            ValueError: if ``output_dir`` holds a run of other settings, or no image was processed by every method.
+            ModuleNotFoundError: at the start, if a package that the report needs is not installed.
+            ValueError: if ``output_dir`` holds a run with other settings, or no image was processed by every method.
         """
-        # here, since all else in the package does without matplotlib
+        # imported here because the rest of the package does not need matplotlib
         from mgipt_monai.report.page import write_report
 
-        described, prompts, baseline, weights = {}, {}, None, ""
+        settings: dict[str, Any] = {}
+        prompts: dict[str, Any] = {}
+        baseline, weights = None, ""
         for name in self.methods:
-            method = self._made(name)
-            described[name], weights = method.settings(), fingerprint(method.network)
-            self._check_settings(name, {**self.settings, "weights": weights, "method": described[name]})
+            method = self._build(name)
+            settings[name], weights = method.settings(), fingerprint(method.network)
+            self._check_settings(name, {**self.settings, "weights": weights, "method": settings[name]})
             self._run(name, method)
             prompts[name] = {side: prompt.tolist() for side, prompt in method.prompt_maps().items()}
             baseline = name if baseline is None and isinstance(method, Source) else baseline
-        results = self._write({**self.settings, "weights": weights, "methods": described}, prompts, baseline)
+        results = self._write({**self.settings, "weights": weights, "methods": settings}, prompts, baseline)
         logger.info("report: %s", write_report(self.output_dir))
         return results
 
-    def _made(self, name: str) -> AdaptationMethod:
+    def _build(self, name: str) -> AdaptationMethod:
         method = self.methods[name]
         if not isinstance(method, AdaptationMethod):
             method = method()
@@ -124,7 +126,7 @@ class Benchmark:
             logger.warning("%s: %s", name, error)
 
     def _check_settings(self, name: str, settings: dict[str, Any]) -> None:
-        """Refuse to mix runs of other settings; note those of this run."""
+        """Refuse to mix runs with different settings, and save those of this run."""
         path = self.output_dir / name / "settings.json"
         wanted = json.loads(json.dumps(settings))
         if self.resume and path.is_file():
@@ -133,7 +135,7 @@ class Benchmark:
             if differing:
                 raise ValueError(
                     f"{path.parent} holds a run of {name} with other settings ({', '.join(differing)}): choose another "
-                    "output_dir, or start anew with resume=False"
+                    "output_dir, or start again with resume=False"
                 )
         _write_json(path, wanted)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several methods over one labelled stream side by side, as Markdown: who gains, and who is harmed.
+"""Compares several methods over one labelled stream in Markdown tables.
 
 Run as ``mgipt compare BENCHMARK`` on the folder of a benchmark, or on the output folders of single runs,
-``RESULTS/source RESULTS/mgipt``, of which the first is held against the others.
+``RESULTS/source RESULTS/mgipt``, of which the first is the baseline.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from mgipt_monai.benchmark.results import summarise
+from mgipt_monai.installed import require
 from mgipt_monai.stream.records import RecordFile
 from mgipt_monai.stream.summary import ALL
 
 __all__ = ["load_results", "markdown", "markdown_table"]
 
 
-def load_results(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
-    """Return the results of a benchmark's folder, or summarise the records of several runs of ``evaluate.yaml``.
+def load_results(folders: Sequence[str | os.PathLike[str]]) -> dict[str, Any]:
+    """Return the results of a benchmark folder, or summarise the records of several runs of ``evaluate.yaml``.
 
     Raises:
-        FileNotFoundError: if the one folder has no ``results.json``.
-        ValueError: if the runs are not over the same images.
+        FileNotFoundError: if a single folder has no ``results.json``.
+        ValueError: if the runs are over different images.
     """
     if len(folders) == 1:
         return json.loads((Path(folders[0]) / "results.json").read_text(encoding="utf-8"))
@@ -35,10 +36,10 @@ def load_results(folders: Sequence[str | os.PathLike]) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any], metric: str = "dsc") -> str:
-    """Write two tables in Markdown: the means per site, and what can be said over all images.
+    """Return two Markdown tables: the means per site, and the statistics over all images.
 
     Metrics in [0, 1] are in percent. ``gain`` is the difference from the baseline with its 95 % interval, ``worse`` the
-    share of images more than one point below it, ``F`` the forwards and backwards per image.
+    share of images more than one point below it, ``F`` the forward and backward passes per image.
     """
     percent = results["metrics"][metric]["percent"]
     scale = 100 if percent else 1
@@ -69,9 +70,9 @@ def _overall(
     if figures["degradation"] is not None:
         row["rounds"] = " / ".join(f"{scale * value:.2f}" for value in figures["rounds"])
         row["degradation"] = f"{scale * figures['degradation']:+.2f}"
-    for other, reading in results["metrics"].items():
+    for other, info in results["metrics"].items():
         if other != metric and other in method["metrics"]:
-            row[other] = f"{(100 if reading['percent'] else 1) * method['metrics'][other]['mean']:.2f}"
+            row[other] = f"{(100 if info['percent'] else 1) * method['metrics'][other]['mean']:.2f}"
     return row | {"F": f"{method['forwards'] + method['backwards']:.1f}"}
 
 
@@ -80,19 +81,33 @@ def _bounds(interval: Sequence[float] | None, scale: float, sign: str = "") -> s
 
 
 def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Write rows, each from column to text, as one table; a column that a row lacks is empty there."""
+    """Return rows (column to text) as one Markdown table; missing columns of a row are empty."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     lines = [columns, ["---"] * len(columns), *([str(row.get(c, "")) for c in columns] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    """Print the tables of the folders given on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", help="a benchmark's folder, or those of several runs")
-    parser.add_argument("--metric", default="dsc")
-    arguments = parser.parse_args()
-    print(markdown(load_results(arguments.folders), arguments.metric))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command `mgipt compare`."""
+    parser = argparse.ArgumentParser(
+        prog="mgipt compare",
+        description="Compare methods in Markdown tables.",
+        epilog="example: mgipt compare results/source results/mgipt results/steady",
+    )
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="a benchmark folder, or several run folders, baseline first"
+    )
+    parser.add_argument("--metric", default="dsc", help="metric to compare (default %(default)s)")
+    options = parser.parse_args(arguments)
+    try:
+        if len(options.folders) > 1:
+            require("benchmark", "scipy")
+        results = load_results(options.folders)
+        if options.metric not in results["metrics"]:
+            raise ValueError(f"there is no metric {options.metric}: choose from {', '.join(results['metrics'])}")
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+    print(markdown(results, options.metric))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the records of several methods over one stream to the figures of ``results.json``."""
+"""Computes the output files of a benchmark from the records of several methods over one stream."""
 
 from __future__ import annotations
 
+import csv
 import math
+import os
+import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from mgipt_monai.stream.summary import image_means, worst_tenth
+from mgipt_monai.stream.summary import image_means, image_of, worst_tenth
+from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.provenance import versions
 
 from .statistics import interval, per_case, shares, wilcoxon
 
-__all__ = ["METRICS", "SCHEMA", "SCHEMA_VERSION", "summarise"]
+__all__ = ["METRICS", "metric_info", "summarise", "timing", "write_images_csv"]
 
-SCHEMA, SCHEMA_VERSION = "mgipt_monai.results", 1
 DISTANCES = ("hd95", "asd")
 METRICS = {
     **{name: {"better": "higher", "percent": True, "unit": ""} for name in ("dsc", "e_max", "s")},
     **{name: {"better": "lower", "percent": False, "unit": "mm or pixels"} for name in DISTANCES},
 }
-"""How the known metrics are read; any other one counts as in [0, 1], higher is better."""
+"""How to interpret the known metrics; any other is taken to be in [0, 1] with higher values better."""
+
+PLAIN = ("name", "site", "round", "method", "status", "reason", "seconds", "peak_memory_mib", "forwards", "backwards")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -30,22 +37,22 @@ Rows = Sequence[Mapping[str, Any]]
 def summarise(runs: Mapping[str, Rows], baseline: str | None = None, seed: int = 0) -> dict[str, Any]:
     """Compare methods that ran over the same stream.
 
-    An image that failed with any method is left out of all, and so is, for one metric, an image for which any method
-    has no defined value (the distance to an empty mask).
+    An image that failed with any method is excluded for all methods. From a single metric, an image is also
+    excluded if its value is undefined for any method (such as the distance to an empty mask).
 
     Args:
-        runs: per method its records (see :class:`mgipt_monai.RecordFile`).
-        baseline: the method that the others are held against; None compares with nothing.
-        seed: of the bootstrap.
+        runs: method to its records (see :class:`mgipt_monai.RecordFile`).
+        baseline: the method that the others are compared with; None for no comparison.
+        seed: seed of the bootstrap.
 
     Returns:
         ``stream``, ``baseline``, ``classes``, ``metrics`` and ``methods`` as documented for ``results.json``.
 
     Raises:
-        ValueError: if the runs are not over the same images, or no image is left, or the baseline is not among them.
+        ValueError: if the runs are over different images, no image is left, or the baseline is not one of the runs.
     """
     if baseline is not None and baseline not in runs:
-        raise ValueError(f"the baseline {baseline!r} is none of the runs {', '.join(runs)}")
+        raise ValueError(f"the baseline {baseline!r} is not one of the runs {', '.join(runs)}")
     first = next(iter(runs.values()))
     for name, rows in runs.items():
         if [row["name"] for row in rows] != [row["name"] for row in first]:
@@ -60,7 +67,7 @@ def summarise(runs: Mapping[str, Rows], baseline: str | None = None, seed: int =
     kept = {name: [row for row in rows if row["name"] not in lost] for name, rows in runs.items()}
     whole = next(iter(kept.values()))
     if not whole:
-        raise ValueError("no image is left that every method processed: see the failures in the records")
+        raise ValueError("no image was processed by every method: see the failures in the records")
     metrics = list(dict.fromkeys(metric for row in whole for metric in row["metrics"]))
     tables = {metric: _defined(kept, metric) for metric in metrics}
     return {
@@ -73,7 +80,7 @@ def summarise(runs: Mapping[str, Rows], baseline: str | None = None, seed: int =
         },
         "baseline": baseline,
         "classes": list(dict.fromkeys(c for row in whole for values in row["metrics"].values() for c in values)),
-        "metrics": {metric: _reading(metric) for metric in metrics},
+        "metrics": {metric: metric_info(metric) for metric in metrics},
         "methods": {
             name: {
                 "forwards": _mean(row.get("forwards", 0) for row in rows),
@@ -87,21 +94,54 @@ def summarise(runs: Mapping[str, Rows], baseline: str | None = None, seed: int =
     }
 
 
-def case_of(row: Mapping[str, Any]) -> str:
-    """Return the image's name without its round."""
-    return row["name"].removeprefix(f"round_{row.get('round', 1)}/")
+def timing(runs: Mapping[str, Rows]) -> dict[str, Any]:
+    """Return the content of ``timing.json``: machine, versions, and time and memory of each method."""
+    methods = {}
+    for name, rows in runs.items():
+        done = [row for row in rows if row["status"] == "ok"]
+        seconds = [row["seconds"] for row in done]
+        peaks = [row["peak_memory_mib"] for row in done if row.get("peak_memory_mib")]
+        methods[name] = {
+            "seconds": {"mean": float(np.mean(seconds)), "median": float(np.median(seconds))} if done else None,
+            "peak_memory_mib": max(peaks, default=None),
+        }
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "machine": gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores",
+        "versions": versions(),
+        "methods": methods,
+    }
 
 
-def _reading(metric: str) -> dict[str, Any]:
+def write_images_csv(runs: Mapping[str, Rows], path: str | os.PathLike[str]) -> None:
+    """Write a CSV table with one row per image and method: image, cost, and each metric per class and on average."""
+    rows: list[dict[str, Any]] = []
+    for method, records in runs.items():
+        for record in records:
+            row = {key: record.get(key) for key in PLAIN} | {"method": method, "round": record.get("round", 1)}
+            row["instance_size"] = record.get("instance_size")
+            for metric, values in (record.get("metrics") or {}).items():
+                row |= {f"{metric}_{name}": value for name, value in values.items()}
+            row |= {f"{metric}_mean": mean for metric, mean in image_means(record).items()}
+            rows.append(row)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def metric_info(metric: str) -> dict[str, Any]:
+    """Return the entry of :data:`METRICS` for a metric, known or not."""
     return METRICS.get(metric, METRICS["dsc"])
 
 
-def _mean(values: Any) -> float:
+def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
 def _defined(runs: Mapping[str, Rows], metric: str) -> dict[str, list[Mapping[str, Any]]]:
-    """Per method, the records of the images for which every method has all the values that any of them has."""
+    """Return, by method, the records of images whose values of the metric are defined for the same classes with all."""
 
     def known(row: Mapping[str, Any]) -> set[str]:
         return {c for c, v in row["metrics"].get(metric, {}).items() if v is not None and math.isfinite(v)}
@@ -116,8 +156,8 @@ def _values(rows: Rows, metric: str) -> np.ndarray:
 
 
 def _figures(rows: Rows, metric: str, images: int, seed: int) -> dict[str, Any]:
-    values, higher = _values(rows, metric), _reading(metric)["better"] == "higher"
-    cases = per_case(values, [case_of(row) for row in rows])
+    values, higher = _values(rows, metric), metric_info(metric)["better"] == "higher"
+    cases = per_case(values, [image_of(row) for row in rows])
     by_round = [[v for v, row in zip(values, rows, strict=True) if row.get("round", 1) == r] for r in _rounds(rows)]
     rounds = [float(np.mean(values)) for values in by_round]
     sites = {}
@@ -165,8 +205,8 @@ def _gains(tables: Mapping[str, Any], name: str, baseline: str | None, seed: int
         if not table[name]:
             continue
         differences = _values(table[name], metric) - _values(table[baseline], metric)
-        cases = per_case(differences, [case_of(row) for row in table[name]])
-        worse, better = shares(differences) if _reading(metric)["percent"] else (None, None)
+        cases = per_case(differences, [image_of(row) for row in table[name]])
+        worse, better = shares(differences) if metric_info(metric)["percent"] else (None, None)
         gains[metric] = {
             "gain": float(differences.mean()),
             "interval": interval(cases, seed),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of one method's values over a stream, and of its difference from the baseline's."""
+"""Statistics of a method's values over a stream, and of their differences from the baseline."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ stats, _ = optional_import("scipy.stats", descriptor="{}: pip install mgipt_mona
 
 RESAMPLES = 2000
 MARGIN = 0.01
-"""One point of a metric in [0, 1]: what counts as worse or better."""
+"""One point of a metric in [0, 1]: a smaller difference counts as neither worse nor better."""
 
 
-def per_case(values: Sequence[float], cases: Sequence[str]) -> np.ndarray:
-    """Average the values of each case, in order of appearance: an image's rounds are not independent of each other.
+def per_case(values: Sequence[float] | np.ndarray, cases: Sequence[str]) -> np.ndarray:
+    """Average the values of each case, in order of appearance, as the rounds of an image are not independent.
 
     Example:
         >>> per_case([0.5, 0.75, 1.0], ["A", "B", "A"]).tolist()
@@ -39,7 +39,7 @@ def interval(values: np.ndarray, seed: int) -> list[float] | None:
 
 
 def wilcoxon(differences: np.ndarray) -> float | None:
-    """Return the p-value of the two-sided Wilcoxon signed-rank test; None where nothing differs."""
+    """Return the p-value of the two-sided Wilcoxon signed-rank test; None if all differences are zero."""
     return float(stats.wilcoxon(differences).pvalue) if np.any(differences) else None
 
 

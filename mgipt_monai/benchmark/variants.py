@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of a benchmark that are made by config overlays: the configs' own method with something changed."""
+"""Variants of the method of a config, each defined by a config overlay, as further rows of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["overlaid_method"]
 
 
 def overlaid_method(
-    config: ConfigParser, overlay: str | os.PathLike, network: nn.Module
+    config: ConfigParser, overlay: str | os.PathLike[str], network: nn.Module
 ) -> Callable[[], AdaptationMethod]:
-    """Return what makes the ``method`` of a config with one more overlay on top, around a network that is there.
+    """Return a function that builds the ``method`` of a config with one more overlay, around an existing network.
 
     Args:
-        config: the config as it was read; it is not changed.
+        config: the config as read; it is not changed.
         overlay: file of changes to the method and its parts, such as ``configs/ablations/aip_only.yaml``.
-        network: the source network with its weights, shared with the benchmark's other methods.
+        network: the source network with its weights, shared with the other methods of the benchmark.
 
     Example:
         >>> import tempfile

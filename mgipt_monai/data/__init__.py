@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of images: where they come from, how they are read, and how masks are written back."""
+"""Streams of images: finding, ordering and reading them, and writing masks."""
 
 from __future__ import annotations
 

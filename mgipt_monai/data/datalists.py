@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a stream as a datalist in MONAI's form, from folders, CSV tables or other datalists.
+"""Write a stream as a MONAI datalist, from folders, CSV tables or other datalists.
 
-Run as ``python -m mgipt_monai.data.datalists SITES stream.json --labelled --order shuffled --rounds 3``.
+Run as ``mgipt datalist SITES stream.json --labelled --order shuffled --rounds 3``.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from mgipt_monai.utils.files import atomic_path
 __all__ = ["write_datalist"]
 
 
-def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike, key: str = "testing") -> None:
-    """Write a stream that :func:`mgipt_monai.find_stream` reads back, as will MONAI's ``load_decathlon_datalist``.
+def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike[str], key: str = "testing") -> None:
+    """Write a stream to a datalist for :func:`mgipt_monai.find_stream` or MONAI's ``load_decathlon_datalist``.
 
-    Paths of images and masks are written relative to the file's folder where they lie below it, so that the folder can
-    be moved, and absolute elsewhere. All else of an item is written as it is.
+    Paths of images and masks below the file's folder are written relative to it, so that the folder can be moved; other
+    paths are absolute. Everything else in an item is written unchanged.
 
     Args:
-        items: images, such as those of :func:`mgipt_monai.find_stream` or :func:`mgipt_monai.order_stream`.
-        path: the file to write, its name ending in ``.json``.
-        key: the list's key in the file.
+        items: items such as those of :func:`mgipt_monai.find_stream` or :func:`mgipt_monai.order_stream`.
+        path: the file to write; its name must end in ``.json``.
+        key: key of the list in the file.
 
     Raises:
-        ValueError: for another ending, by which the file would not be known as a datalist.
+        ValueError: if the name does not end in ``.json``, as the file would not be recognised as a datalist.
 
     Example:
         >>> import tempfile
@@ -46,7 +46,7 @@ def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike, key
         raise ValueError(f"a datalist's name must end in .json, got {os.fspath(path)}")
     folder = Path(os.path.abspath(path)).parent
     written = [
-        {word: _portable(value, folder) if word in ("image", "label") else value for word, value in item.items()}
+        {name: _portable(value, folder) if name in ("image", "label") else value for name, value in item.items()}
         for item in items
     ]
     with atomic_path(path) as part:
@@ -61,16 +61,20 @@ def _portable(path: Any, folder: Path) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a datalist as told on the command line and print one line for each site."""
-    parser = argparse.ArgumentParser(description="Write a stream of images as a datalist in MONAI's JSON form.")
+    """Run the command `mgipt datalist`; print one line per site."""
+    parser = argparse.ArgumentParser(
+        prog="mgipt datalist",
+        description="Write a stream of images as a MONAI JSON datalist.",
+        epilog="example: mgipt datalist sites stream.json --labelled --order shuffled --rounds 3",
+    )
     parser.add_argument("source", help="a folder, a glob pattern or a list of images (JSON, CSV)")
     parser.add_argument("out", help="the JSON file to write")
-    parser.add_argument("--sites", help="comma-separated, the sites to take in this order (default all)")
+    parser.add_argument("--sites", help="comma-separated sites to use, in this order (default all)")
     parser.add_argument("--labelled", action="store_true", help="each image has a mask")
-    parser.add_argument("--limit", type=int, help="images of each site at most (default all)")
-    parser.add_argument("--order", choices=ORDERS, default="sites", help="default %(default)s")
-    parser.add_argument("--rounds", type=int, default=1, help="how often the stream comes (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default %(default)s)")
+    parser.add_argument("--limit", type=int, help="at most this number of images per site (default all)")
+    parser.add_argument("--order", choices=ORDERS, default="sites", help="order of the images (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=1, help="rounds of the stream (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the order (default %(default)s)")
     options = parser.parse_args(arguments)
     sites = options.sites and [site.strip() for site in options.sites.split(",")]
     try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -31,49 +31,52 @@ __all__ = [
 ]
 
 
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
+
+
 def is_nifti(image: MetaTensor) -> bool:
-    """Whether the file that an image was read from is NIfTI."""
+    """Return whether the file that an image was read from is NIfTI."""
     return str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
 
 
 def output_path(folder: Path, data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "") -> Path:
-    """Return ``<folder>/<name><ending>`` with the item's ``name``, or the input's own name, and the format's ending."""
+    """Return ``<folder>/<name><ending>`` plus the extension; the name is the item's, or else the input file's."""
     name = data.get("name", stem(str(image.meta["filename_or_obj"])))
     return folder / f"{name}{ending}{'.nii.gz' if is_nifti(image) else '.png'}"
 
 
 def write_image(
-    image: MetaTensor, path: str | os.PathLike, dtype: type = np.uint8, columns_first: bool = False
+    image: MetaTensor, path: str | os.PathLike[str], dtype: type = np.uint8, columns_first: bool = False
 ) -> None:
-    """Write an image, whole or not at all: NIfTI (same affine) where its file was, else PNG.
+    """Write an image atomically: NIfTI (same affine) if its file was NIfTI, otherwise PNG.
 
     Args:
-        image: (1, \\*spatial), in the input's geometry; only the last axis of a NIfTI file of one slice may be missing.
-        path: the file, whose ending is the format's.
-        dtype: of the values in a NIfTI file; those of a PNG are 8-bit.
+        image: (1, \\*spatial), in the input's geometry; the last axis of a NIfTI file with one slice may be missing.
+        path: the file, with the extension of the format.
+        dtype: data type of a NIfTI file; PNG is 8-bit.
         columns_first: whether photographs were read columns first.
     """
     with atomic_path(path) as part:
         if is_nifti(image):
-            # a file of one slice (H, W, 1) was flattened for a 2D network, and comes back as one
+            # a file with one slice (H, W, 1) was flattened for a 2D network; its last axis is restored
             missing = len(image.meta.get("spatial_shape", ())) - (image.ndim - 1)
-            writer = NibabelWriter(output_dtype=dtype)
+            nifti = NibabelWriter(output_dtype=dtype)
             values = image[0].reshape(*image.shape[1:], *[1] * missing)
-            writer.set_data_array(values, channel_dim=-1, squeeze_end_dims=False, spatial_ndim=None)
-            writer.set_metadata(image.meta, resample=False)
-            writer.write(part)
+            nifti.set_data_array(values, channel_dim=-1, squeeze_end_dims=False, spatial_ndim=None)
+            nifti.set_metadata(image.meta, resample=False)
+            nifti.write(part)
         else:
-            writer = PILWriter(output_dtype=np.uint8, scale=None)
-            writer.set_data_array(image)
-            writer.set_metadata(image.meta, resample=False)
-            writer.write(part, reverse_indexing=columns_first)
+            png = PILWriter(output_dtype=np.uint8, scale=None)
+            png.set_data_array(image)
+            png.set_metadata(image.meta, resample=False)
+            png.write(part, reverse_indexing=columns_first)
 
 
-def draw_label_map(masks: Tensor, values: Sequence[int]) -> Tensor:
-    """Draw masks over each other, later channels over earlier ones: (C, \\*spatial) of 0 and 1 to (1, \\*spatial).
+def draw_label_map(masks: AnyTensor, values: Sequence[int]) -> AnyTensor:
+    """Merge masks of 0 and 1 (C, \\*spatial) into a label map (1, \\*spatial); later channels override earlier ones.
 
     Raises:
-        ValueError: if there are not as many channels as values.
+        ValueError: if the number of channels differs from that of values.
 
     Example:
         >>> draw_label_map(torch.tensor([[[1, 1, 0]], [[0, 1, 0]]]), values=[1, 2])
@@ -84,22 +87,22 @@ def draw_label_map(masks: Tensor, values: Sequence[int]) -> Tensor:
     drawn = torch.zeros_like(masks[:1])
     for channel, value in zip(masks, values, strict=True):
         drawn[0][channel > 0] = value
-    return drawn
+    return cast("AnyTensor", drawn)
 
 
 class LabelMapd(MapTransform):
-    """Turn masks into the array that a MONAI Label server writes: unsigned bytes without a channel axis.
+    """Convert masks to the array that a MONAI Label server writes: unsigned bytes without a channel axis.
 
-    Its writer takes axes as MONAI's readers give them by default: photographs columns first (W, H), and volumes with
-    all axes of the file, that of a single slice included.
+    The server's writer expects axes as MONAI's readers return them by default: photographs columns first (W, H), and
+    volumes with all axes of the file, including that of a single slice.
 
     Args:
-        keys: masks of 0 and 1 in the input's geometry, one channel per structure (C, \\*spatial), with its meta data.
-        values: the value that each channel's structure gets; a later channel is drawn over an earlier one.
+        keys: masks of 0 and 1 in the input's geometry, one channel per structure (C, \\*spatial), with metadata.
+        values: value of each channel's structure in the label map; later channels override earlier ones.
         reverse_indexing: whether photographs were read columns first already.
 
     Raises:
-        ValueError: when called, if there are not as many channels as values.
+        ValueError: when called, if the number of channels differs from that of values.
 
     Example:
         >>> from monai.data import MetaTensor
@@ -115,12 +118,12 @@ class LabelMapd(MapTransform):
         self.reverse_indexing = reverse_indexing
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Draw each key's masks."""
+        """Convert the masks of each key."""
         result = dict(data)
         for key in self.keys:
             masks = data[key]
             drawn = draw_label_map(masks, self.values)[0].to(torch.uint8)
-            if str(masks.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz")):
+            if is_nifti(masks):
                 missing = len(masks.meta.get("spatial_shape", ())) - drawn.ndim
                 result[key] = drawn.reshape(*drawn.shape, *[1] * missing)
             else:
@@ -129,27 +132,28 @@ class LabelMapd(MapTransform):
 
 
 class SaveMaskd(MapTransform):
-    """Save masks as one image each: PNG for photographs, NIfTI (same affine) for NIfTI.
+    """Save each mask as one image: PNG for photographs, NIfTI (same affine) for NIfTI.
 
-    The file is ``<output_dir>/<name><ending>`` with the item's ``name`` (see :func:`mgipt_monai.find_stream`), or the
-    input's own name. It is written whole or not at all. The mask must be in the input's geometry already (``Invertd``);
-    only the last axis of a NIfTI file of one slice may be missing, and is put back.
+    The file is ``<output_dir>/<name>`` plus the extension, with the item's ``name`` (see
+    :func:`mgipt_monai.find_stream`), or else the name of the input file. It is written atomically. The mask must
+    already be in the input's geometry (``Invertd``); only the last axis of a NIfTI file with one slice may be missing,
+    and is restored.
 
     Args:
         keys: masks of 0 and 1, one channel per structure (C, \\*spatial).
-        output_dir: folder to write to; it must be possible to write there.
-        values: the value that each channel's structure gets; a later channel is drawn over an earlier one.
+        output_dir: folder to write to; it must be writable.
+        values: value of each channel's structure in the file; later channels override earlier ones.
         reverse_indexing: whether photographs were read columns first, as MONAI's ``PILReader`` does by default.
 
     Raises:
-        OSError: at construction, if the folder cannot be made or written to.
-        ValueError: when called, if there are not as many channels as values.
+        OSError: at construction, if the folder cannot be created or written to.
+        ValueError: when called, if the number of channels differs from that of values.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
-        output_dir: str | os.PathLike,
+        output_dir: str | os.PathLike[str],
         values: Sequence[int] = (1,),
         reverse_indexing: bool = False,
     ) -> None:
@@ -168,7 +172,7 @@ class SaveMaskd(MapTransform):
         (self.output_dir / "write_test").unlink(missing_ok=True)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Save each key's mask; the data pass unchanged."""
+        """Save the mask of each key; the data are returned unchanged."""
         for key in self.keys:
             path = output_path(self.output_dir, data, data[key])
             write_image(draw_label_map(data[key], self.values), path, columns_first=self.reverse_indexing)
@@ -176,37 +180,39 @@ class SaveMaskd(MapTransform):
 
 
 class AddUncertaintyd(Transform):
-    """Put the map of the views' disagreement (1, \\*spatial) beside the prediction that it belongs to.
+    """Add the disagreement map (1, \\*spatial) of a prediction's views to the data.
 
     Args:
-        inferer: what made the prediction, with a method that has an ``uncertainty``, such as MGIPT.
-        prediction: key of the latest prediction, untransformed; its meta data are taken over.
-        key: the map's key.
+        inferer: the inferer of the prediction, whose method has an ``uncertainty``, such as MGIPT.
+        prediction: key of the latest prediction, not transformed yet; the map gets its metadata.
+        key: key of the map.
 
     Raises:
-        ValueError: at construction, for a method without views that could disagree, or slices adapted to one by one.
+        ValueError: at construction, if the method has no uncertainty or the inferer adapts to each slice on its own.
+        RuntimeError: when called, if the inferer has not predicted an image yet.
     """
 
     def __init__(self, inferer: AdaptiveInferer, prediction: str = "pred", key: str = "uncertainty") -> None:
-        if not hasattr(inferer.method, "uncertainty"):
+        if not inferer.method.has_uncertainty:
             raise ValueError(
-                f"{type(inferer.method).__name__} has one view of an image, so none disagree: use MGIPT, or set "
-                "save_uncertainty to false"
+                f"{type(inferer.method).__name__} has no uncertainty: use MGIPT, or set save_uncertainty to false"
             )
         if inferer.slices == "own":
-            raise ValueError("slices='own' has an uncertainty for each slice, none for the volume: use slices='shared'")
+            raise ValueError("slices='own' has an uncertainty per slice but none for the volume: use slices='shared'")
         self.inferer, self.prediction, self.key = inferer, prediction, key
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the map."""
-        uncertainty = MetaTensor(self.inferer.method.uncertainty[0])
-        return {**data, self.key: uncertainty.copy_meta_from(data[self.prediction])}
+        maps = self.inferer.method.uncertainty
+        if maps is None:
+            raise RuntimeError("there is no uncertainty map: predict the image with this inferer first")
+        return {**data, self.key: MetaTensor(maps[0]).copy_meta_from(data[self.prediction])}
 
 
 class SaveUncertaintyd(MapTransform):
     """Save maps in [0, 1] as ``<output_dir>/<name>_uncertainty``: 8-bit PNG (255 is 1), or NIfTI of 32-bit numbers.
 
-    Format, names and geometry are those of :class:`SaveMaskd`, which makes sure that the folder can be written to.
+    Format, names and geometry are as for :class:`SaveMaskd`, which checks that the folder is writable.
 
     Args:
         keys: maps (1, \\*spatial).
@@ -214,12 +220,14 @@ class SaveUncertaintyd(MapTransform):
         reverse_indexing: whether photographs were read columns first, as MONAI's ``PILReader`` does by default.
     """
 
-    def __init__(self, keys: KeysCollection, output_dir: str | os.PathLike, reverse_indexing: bool = False) -> None:
+    def __init__(
+        self, keys: KeysCollection, output_dir: str | os.PathLike[str], reverse_indexing: bool = False
+    ) -> None:
         super().__init__(keys)
         self.output_dir, self.reverse_indexing = Path(output_dir), reverse_indexing
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Save each key's map; the data pass unchanged."""
+        """Save the map of each key; the data are returned unchanged."""
         for key in self.keys:
             values = data[key].clamp(0, 1)
             if not is_nifti(values):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The order in which a stream's images come, and which of them each of several processes gets."""
+"""The order of the images of a stream, and their distribution over several processes."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ ORDERS = ("sites", "shuffled", "gradual")
 def order_stream(
     items: Sequence[dict[str, Any]], order: str = "sites", rounds: int = 1, seed: int = 0, blend: float = 0.5
 ) -> list[dict[str, Any]]:
-    """Order a stream's images and repeat them, each image once in every round.
+    """Order the images of a stream and repeat them, each image once per round.
 
-    - ``sites``: as given, which from :func:`mgipt_monai.find_stream` is site after site.
-    - ``shuffled``: all images mixed, another mix in each round.
-    - ``gradual``: each site blends into the next. The k-th site (k from 0, by first image) fills the places k to k + 1
-      of the stream, its i-th of n images stands at k + (i + 0.5) / n; each image then moves by a uniform random number
-      of [-blend, blend), drawn anew in each round, and the images are sorted by where they are.
+    - ``sites``: as given; from :func:`mgipt_monai.find_stream` that is site after site.
+    - ``shuffled``: all images in random order, different in each round.
+    - ``gradual``: each site blends into the next. The k-th site (k from 0, by first image) occupies positions k to
+      k + 1 of the stream, with the i-th of its n images at k + (i + 0.5) / n. Each image is then shifted by a uniform
+      random number in [-blend, blend), different in each round, and the images are sorted by position.
 
     Args:
         items: the images, with ``site`` and ``name``; they are not changed.
         order: one of ``sites``, ``shuffled``, ``gradual``.
-        rounds: how often the stream is run through, at least 1.
-        seed: non-negative integer; the r-th round is drawn from (seed, r).
-        blend: for ``gradual``, the farthest that an image moves, in lengths of a site, in (0, 1]. Around a border the
-            share of the next site rises from none at ``blend`` before it to all at ``blend`` after it, linearly up to
-            0.5; there only the middle of a site is pure, and beyond it more than two sites mix.
+        rounds: number of times that the stream is repeated, at least 1.
+        seed: non-negative integer; round r is drawn from (seed, r).
+        blend: for ``gradual``, the largest shift of an image in units of a site's length, in (0, 1]. Around a border,
+            the share of the next site rises from 0 at ``blend`` before it to 1 at ``blend`` after it, linearly for
+            values up to 0.5. At 0.5 only the middle of a site is pure; above that, more than two sites mix.
 
     Returns:
-        Copies of the items with ``round`` (from 1); from round 2 on the name is ``round_2/<name>`` and so on, so that
+        Copies of the items with ``round`` (from 1). From round 2 on, the name is ``round_2/<name>`` and so on, so that
         no output overwrites another.
 
     Raises:
-        ValueError: for an unknown order, ``rounds``, ``seed`` or ``blend`` out of range, or items that are in several
-            rounds already (a datalist of an ordered stream) and are to be ordered or repeated once more.
+        ValueError: if the order is unknown, ``rounds``, ``seed`` or ``blend`` is out of range, or items that already
+            have several rounds (the datalist of an ordered stream) would be ordered or repeated again.
 
     Example:
         >>> items = [{"site": site, "name": f"{site}/{i}"} for site in "AB" for i in range(3)]
@@ -58,33 +58,34 @@ def order_stream(
     if not 0 < blend <= 1:
         raise ValueError(f"blend must be above 0 and at most 1 (the length of a site), got {blend}")
     if (order, rounds) != ("sites", 1) and any(item.get("round", 1) > 1 for item in items):
-        raise ValueError("the images are in several rounds already: take them as they are (order='sites', rounds=1)")
+        raise ValueError("the images are in several rounds already: use order='sites' and rounds=1")
     sites = [item["site"] for item in items]
     stream = []
     for number in range(1, rounds + 1):
-        places = _places(sites, order, blend, np.random.default_rng([seed, number]))
-        stream += [_in_round(items[i], number) for i in np.argsort(places, kind="stable")]
+        positions = _positions(sites, order, blend, np.random.default_rng([seed, number]))
+        stream += [_in_round(items[i], number) for i in np.argsort(positions, kind="stable")]
     return stream
 
 
-def _places(sites: list[str], order: str, blend: float, generator: np.random.Generator) -> Sequence[float]:
-    """Return where in the stream each image stands: what the images are sorted by."""
+def _positions(sites: list[str], order: str, blend: float, generator: np.random.Generator) -> np.ndarray:
+    """Return the position of each image in the stream, by which the images are sorted."""
     if order == "shuffled":
         return generator.permutation(len(sites))
     if order == "gradual":
-        return _site_places(sites) + generator.uniform(-blend, blend, len(sites))
-    return range(len(sites))
+        return _site_positions(sites) + generator.uniform(-blend, blend, len(sites))
+    return np.arange(len(sites))
 
 
-def _site_places(sites: list[str]) -> np.ndarray:
+def _site_positions(sites: list[str]) -> np.ndarray:
     """Return k + (i + 0.5) / n for the i-th of the n images of the k-th site."""
-    counts, seen = Counter(sites), Counter()
+    counts = Counter(sites)
+    seen: Counter[str] = Counter()
     number = {site: k for k, site in enumerate(counts)}
-    places = []
+    positions = []
     for site in sites:
-        places.append(number[site] + (seen[site] + 0.5) / counts[site])
+        positions.append(number[site] + (seen[site] + 0.5) / counts[site])
         seen[site] += 1
-    return np.array(places)
+    return np.array(positions)
 
 
 def _in_round(item: dict[str, Any], number: int) -> dict[str, Any]:
@@ -93,27 +94,27 @@ def _in_round(item: dict[str, Any], number: int) -> dict[str, Any]:
     return {**item, "name": f"round_{number}/{item['name']}", "round": number}
 
 
-TOGETHER = {"site": "site", "case": "image"}
-"""By what to share, to the key of an item that images of one process have in common."""
+GROUP_KEYS = {"site": "site", "case": "image"}
+"""Kind of group to the key of an item by which the group is formed."""
 
 
 def share_stream(items: Sequence[dict[str, Any]], rank: int, processes: int, by: str = "site") -> list[dict[str, Any]]:
-    """Deal a stream out to several processes and return one process's share, in the stream's order.
+    """Distribute a stream over several processes and return the share of one, in stream order.
 
-    What stays together (see ``by``) is dealt out from the most items to the fewest, each to the process that has the
-    fewest items so far; of equals the first goes first. So cases that come equally often are dealt out in turn.
+    Groups (see ``by``) are assigned in order of decreasing size, each to the process with the fewest items so far; ties
+    go to the first. Groups of equal size are therefore assigned in turn.
 
     Args:
-        items: the images, as :func:`mgipt_monai.find_stream` or :func:`order_stream` give them; not changed.
-        rank: the process whose share is wanted, from 0.
-        processes: how many there are. Each image goes to exactly one.
-        by: what goes to one process as a whole: ``site``, or ``case``, an image in all its rounds.
+        items: items of :func:`mgipt_monai.find_stream` or :func:`order_stream`; they are not changed.
+        rank: the process whose share is returned, from 0.
+        processes: number of processes. Each image goes to exactly one.
+        by: the groups that are not split: ``site``, or ``case``, an image in all its rounds.
 
     Returns:
         The items of the process, at least one.
 
     Raises:
-        ValueError: for an unknown ``by``, a ``rank`` out of range, or more processes than there is to deal out.
+        ValueError: if ``by`` is unknown, ``rank`` is out of range, or there are more processes than groups.
 
     Example:
         >>> items = [{"site": name[0], "image": name} for name in ("A0.png", "B0.png", "B1.png", "C0.png")]
@@ -122,16 +123,16 @@ def share_stream(items: Sequence[dict[str, Any]], rank: int, processes: int, by:
         >>> [[item["image"] for item in share_stream(items, rank, 2, by="case")] for rank in (0, 1)]
         [['A0.png', 'B1.png'], ['B0.png', 'C0.png']]
     """
-    if by not in TOGETHER:
-        raise ValueError(f"share by one of {', '.join(TOGETHER)}; got {by!r}")
+    if by not in GROUP_KEYS:
+        raise ValueError(f"share by one of {', '.join(GROUP_KEYS)}; got {by!r}")
     if not 0 <= rank < processes:
         raise ValueError(f"rank must be from 0 to {processes - 1}, got {rank}")
     groups: dict[str, list[int]] = {}
     for place, item in enumerate(items):
-        # an image of several files is a list of them
-        groups.setdefault(str(item[TOGETHER[by]]), []).append(place)
+        # an image with several files is a list
+        groups.setdefault(str(item[GROUP_KEYS[by]]), []).append(place)
     if len(groups) < processes:
-        other = "take by='case', or " if by == "site" else ""
+        other = "use by='case', or " if by == "site" else ""
         raise ValueError(f"{processes} processes for {len(groups)} {by}s: {other}start fewer processes")
     shares: list[list[int]] = [[] for _ in range(processes)]
     for places in sorted(groups.values(), key=len, reverse=True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the images of a stream: in a folder, by a glob pattern, or in a list (JSON, CSV)."""
+"""Find the images of a stream in a folder, with a glob pattern, or in a list (JSON, CSV)."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ IMAGES, MASKS = "images", "masks"
 
 
 def find_stream(
-    source: str | os.PathLike,
+    source: str | os.PathLike[str],
     sites: Sequence[str] | None = None,
     labelled: bool = False,
     limit: int | None = None,
     datalist_key: str = "testing",
 ) -> list[dict[str, Any]]:
-    """List the images of a stream in the order they will come.
+    """List the images of a stream in order.
 
-    A folder may hold images, or ``images/`` with ``masks/`` beside it, or one such folder per site. The folder's name
-    is the site's. An image and its mask share their name (the ending may differ). Images are sorted by name within a
+    A folder contains images, or ``images/`` and ``masks/``, or one such folder per site. The folder name is the name of
+    the site. An image and its mask have the same name (the extension may differ). Images are sorted by name within a
     site.
 
     Args:
-        source: a folder, an image file, a glob pattern, or a datalist, whose order is kept: a JSON file in MONAI's form
-            whose items have ``image``, and optionally ``label``, ``site`` and ``name``, or a CSV file with such columns
-            (``mask`` will do for ``label``). Without a site a CSV file's name is the site.
-        sites: the sites to take, in this order; None takes all, folders in alphabetical order.
-        labelled: whether each image needs a mask. A missing one is found when the image's turn comes.
-        limit: at most so many images of each site; None takes all.
-        datalist_key: the list's key in a JSON datalist.
+        source: a folder, an image file, a glob pattern, or a datalist, whose order is kept. A datalist is a MONAI JSON
+            file with items of ``image`` and optionally ``label``, ``site`` and ``name``, or a CSV file with these
+            columns (or ``mask`` instead of ``label``). The default site of a CSV file is its file name.
+        sites: the sites to use, in this order; None uses all, with folders in alphabetical order.
+        labelled: whether each image needs a mask. A missing mask is reported when the image is loaded.
+        limit: at most this number of images per site; None for all.
+        datalist_key: key of the list in a JSON datalist.
 
     Returns:
-        Items with ``image``, ``site``, ``name`` (path of the output without its ending) and, if labelled, ``label``.
+        Items with ``image``, ``site``, ``name`` (output path without extension) and, if labelled, ``label``.
 
     Raises:
-        FileNotFoundError: if there is no such source, no image in it, or a wanted site is absent.
-        ValueError: if two images would give one output name, or a datalist is not one or lacks a mask.
+        FileNotFoundError: if the source does not exist, has no image, or lacks one of the sites.
+        ValueError: if two images have the same output name, or a datalist is invalid or lacks a mask.
 
     Example:
         >>> import tempfile
@@ -92,7 +92,7 @@ def _from_datalist(path: str, key: str, labelled: bool) -> list[dict[str, Any]]:
     for item in items:
         if labelled and "label" not in item:
             raise ValueError(f"{item['image']} has no label in {path}: add its mask, or run without masks")
-    # an image of several files, one per channel, is named by its first
+    # an image with several files, one per channel, is named after the first
     stems = [stem(ensure_tuple(item["image"])[0]) for item in items]
     return [{"site": site, "name": os.path.join(i.get("site", ""), s), **i} for i, s in zip(items, stems, strict=True)]
 
@@ -124,8 +124,8 @@ def _item(image: Path, labelled: bool, site_folder: str = "") -> dict[str, Any]:
     return item
 
 
-def stem(path: str | os.PathLike) -> str:
-    """Return a file's name without its ending (``.nii.gz`` is one ending)."""
+def stem(path: str | os.PathLike[str]) -> str:
+    """Return a file name without its extension (``.nii.gz`` is one extension)."""
     name = os.path.basename(path)
     return next((name[: -len(ending)] for ending in (".nii.gz", *IMAGE_ENDINGS) if name.lower().endswith(ending)), name)
 
@@ -136,19 +136,19 @@ def _check_names(items: list[dict[str, Any]]) -> None:
         other = first.setdefault(item["name"], item["image"])
         if other != item["image"]:
             raise ValueError(
-                f"{other} and {item['image']} would both be written as {item['name']}: rename one, or put them into "
+                f"{other} and {item['image']} would both be written as {item['name']}: rename one, or put them in "
                 "two site folders"
             )
 
 
 def read_json(path: str, key: str) -> list[dict[str, Any]]:
-    """Read one list of a datalist in MONAI's form, ``{key: [{"image": ..., "label": ...}, ...]}``.
+    """Read one list of a MONAI datalist, ``{key: [{"image": ..., "label": ...}, ...]}``.
 
-    Relative paths are relative to the file's folder. Further keys are kept.
+    Relative paths are relative to the file's folder. Other keys are kept.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is not such a list.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not such a datalist.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -161,22 +161,22 @@ def read_json(path: str, key: str) -> list[dict[str, Any]]:
     except Exception as error:
         raise ValueError(f'{path} is not a datalist {{"{key}": [{{"image": ...}}, ...]}}: {error}') from error
     for item, entry in zip(items, content[key], strict=True):
-        # MONAI makes a path of every word that names something in the list's folder, such as a site's own folder
-        item |= {word: entry[word] for word in ("site", "name") if isinstance(entry, dict) and word in entry}
+        # MONAI turns any value that exists as a path in the folder of the list into a path, such as the name of a site
+        item |= {key: entry[key] for key in ("site", "name") if isinstance(entry, dict) and key in entry}
     return items
 
 
 def read_csv(path: str) -> list[dict[str, str]]:
-    """Read a CSV table, one image per line under a header.
+    """Read a CSV table with a header and one image per line.
 
-    Columns are ``image`` and optionally ``label`` (or ``mask``), ``site`` and ``name``; others are left out, and so are
-    empty cells. Relative paths are relative to the file's folder.
+    Columns are ``image`` and optionally ``label`` (or ``mask``), ``site`` and ``name``; other columns and empty cells
+    are ignored. Relative paths are relative to the file's folder.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is empty, has no column ``image``, or a line without an image.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is empty, or has no column ``image`` or a line without an image.
     """
-    # with the mark that spreadsheet programs put before UTF-8
+    # utf-8-sig skips the byte order mark that spreadsheet programs write
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file, skipinitialspace=True)
         if table.fieldnames is None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MONAI transforms of the bundle that MONAI itself does not have."""
+"""Transforms of the bundle that MONAI does not provide."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ __all__ = ["AdaptationResultd", "CheckImaged", "LabelToChannelsd"]
 
 
 class CheckImaged(MapTransform):
-    """Refuse an image that cannot be adapted to, in words that say what to do. The image passes unchanged.
+    """Check that an image can be adapted to, with an error message that names the fix. The image is not changed.
 
     Args:
         keys: images (C, \\*spatial).
-        channels: the number of channels that the network takes.
-        spatial_dims: the number of spatial axes that it takes.
+        channels: number of channels that the network expects.
+        spatial_dims: number of spatial dimensions that the network expects.
 
     Raises:
-        ValueError: when called, for another number of channels or axes, NaN or infinite values, a constant image.
+        ValueError: when called, if the image is constant, has NaN or infinite values, or another number of channels or
+            dimensions.
 
     Example:
         >>> CheckImaged("image", channels=3)({"image": torch.rand(3, 8, 8)})["image"].shape
@@ -38,38 +39,37 @@ class CheckImaged(MapTransform):
         self.spatial_dims = spatial_dims
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Check each key's image."""
+        """Check the image of each key."""
         for key in self.keys:
             image = data[key]
             check_image(torch.as_tensor(image)[None])
             if image.ndim - 1 != self.spatial_dims:
                 raise ValueError(
-                    f"{image.ndim - 1} spatial dimensions where the network takes {self.spatial_dims}: "
-                    "give it images of that dimension"
+                    f"{image.ndim - 1} spatial dimensions where the network expects {self.spatial_dims}: "
+                    "use images with that number of dimensions"
                 )
             if image.shape[0] != self.channels:
                 fix = (
                     "set color_mode (RGB for 3 channels, L for 1) to convert on reading"
                     if self.spatial_dims == 2
-                    else "take it apart (the fourth axis of a NIfTI file is its channels)"
+                    else "split it (the fourth axis of a NIfTI file holds the channels)"
                 )
                 raise ValueError(
-                    f"{image.shape[0]} channels where the network takes {self.channels}: convert the file, or {fix}"
+                    f"{image.shape[0]} channels where the network expects {self.channels}: convert the file, or {fix}"
                 )
         return dict(data)
 
 
 class LabelToChannelsd(MapTransform):
-    """Turn a mask of grey values into one channel of 0 and 1 per structure.
+    """Convert a mask of grey values to one channel of 0 and 1 per structure.
 
     Args:
         keys: masks (1, \\*spatial).
-        ranges: per structure the lowest and highest value that belong to it; structures may overlap (a cup is part of
-            its disc).
-        background: the values that belong to none.
+        ranges: lowest and highest value of each structure; structures may overlap (the cup is part of the disc).
+        background: values of the background.
 
     Raises:
-        ValueError: when called, for a mask with several channels or with values that are neither.
+        ValueError: when called, if the mask has several channels or other values.
 
     Example:
         >>> coded = {"label": torch.tensor([[[0, 1, 2]]])}
@@ -85,7 +85,7 @@ class LabelToChannelsd(MapTransform):
         self.background = background
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Convert each key's mask."""
+        """Convert the mask of each key."""
         result = dict(data)
         for key in self.keys:
             result[key] = self._convert(data[key])
@@ -100,18 +100,18 @@ class LabelToChannelsd(MapTransform):
             values = torch.unique(mask[0][~known])[:5].tolist()
             raise ValueError(
                 f"the mask has values {values} outside the ranges {self.ranges} and the background {self.background}: "
-                "set mask_ranges and mask_background to its coding"
+                "set mask_ranges and mask_background to match it"
             )
         return channels.float()
 
 
 class AdaptationResultd(MapTransform):
-    """Put the record of the request's image where MONAI Label takes its JSON answer from, under ``adaptation``.
+    """Add the adaptation record of the requested image to MONAI Label's JSON response, under ``adaptation``.
 
     Args:
-        keys: the prediction as :class:`mgipt_monai.PersistentInferer` returned it. Transforms that replace its meta
-            data (``Invertd``) come after this one.
-        result: key of the dict that the server answers with.
+        keys: the prediction as returned by :class:`mgipt_monai.PersistentInferer`. Transforms that replace its metadata
+            (``Invertd``) come after this one.
+        result: key of the dict with the server's response.
 
     Raises:
         ValueError: when called, if the prediction does not have the record of exactly one image.
@@ -129,7 +129,7 @@ class AdaptationResultd(MapTransform):
         self.result = result
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add each key's record; nothing else changes."""
+        """Add the record of each key; nothing else changes."""
         answer = dict(data.get(self.result, {}))
         for key in self.keys:
             rows = getattr(data[key], "meta", {}).get("adaptation", [])

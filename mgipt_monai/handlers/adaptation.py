@@ -130,7 +130,7 @@ class TestTimeAdaptationHandler:
         # handlers given to an engine's constructor are attached before it has an inferer: then STARTED checks
         if hasattr(evaluator, "inferer"):
             self._method = agree_on_method(evaluator, self._method, self.windows)
-        evaluator.adaptation_handler = self
+        evaluator.adaptation_handler = self  # type: ignore[attr-defined] # for those who hold the evaluator
         evaluator.register_events(*AdaptationEvents)
         evaluator.add_event_handler(Events.STARTED, self._start)
         evaluator.add_event_handler(Events.ITERATION_STARTED, self._image_starts)

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from torch import Tensor
 
 from mgipt_monai.engines import AdaptationEvents
 from mgipt_monai.methods.base import AdaptationMethod
@@ -62,26 +64,29 @@ class AveragePromptsHandler:
     def _start(self, engine: Engine) -> None:
         if engine.state.epoch_length is None:
             raise ValueError("to average, the length of the stream must be known: give the evaluator a DataLoader")
-        self._next = self._last = None
+        self._length = engine.state.epoch_length
+        self._agreed = False
+        self._next = self._last = 0
 
     def _image_done(self, engine: Engine) -> None:
         done = engine.state.iteration
-        self._agree(done - 1, engine.state.epoch_length)
+        self._agree(done - 1)
         if done == self._next * self.every and self._next <= self._last:
             self._average()
 
     def _stop(self, engine: Engine) -> None:
         # a resumed stream with nothing left to do comes here without an image
-        self._agree(engine.state.epoch_length, engine.state.epoch_length)
+        self._agree(self._length)
         # a stream that another handler ended early must not leave the others waiting
         while self._next <= self._last:
             self._average()
 
-    def _agree(self, done: int, length: int) -> None:
-        """Settle with the other processes, once a run, which averagings there will be."""
-        if self._next is not None:
+    def _agree(self, done: int) -> None:
+        """Agree with the other processes, once a run, on which averagings there will be."""
+        if self._agreed:
             return
-        places = idist.all_gather((done, length))
+        self._agreed = True
+        places: list[tuple[int, int]] = _gather((done, self._length))
         self._last = min(length for _, length in places) // self.every
         averagings = [min(done // self.every, self._last) for done, _ in places]
         self._next = max(averagings) + 1
@@ -90,7 +95,7 @@ class AveragePromptsHandler:
 
     def _average(self) -> None:
         own = self.method.adaptation_state()
-        states = idist.all_gather({name: own[name] for name in self.method.averaged})
+        states: list[dict[str, list[Tensor]]] = _gather({name: own[name] for name in self.method.averaged})
         begun = [state for state in states if all(state.values())]
         if begun:
             # gathered and not reduced, so that the order of the sum, and so the mean, is the same in every process
@@ -101,3 +106,8 @@ class AveragePromptsHandler:
             self.method.load_adaptation_state({**own, **mean})
         logger.info("averaged the prompts of %d processes after %d images", len(begun), self._next * self.every)
         self._next += 1
+
+
+def _gather(value: Any) -> list[Any]:
+    """Return the value of each process, in the order of their ranks."""
+    return list(idist.all_gather(value))  # type: ignore[arg-type] # any object may be gathered

@@ -156,7 +156,8 @@ def skip_done(
             raise ValueError(
                 f"the stream has changed since it was interrupted ({row['name']}): start again without resume"
             )
-    count = len(loader.dataset)
+    data, size = loader.dataset, loader.batch_size or 1
+    count = len(data)  # type: ignore[arg-type] # a SequentialSampler has taken its length
     if position > count:
         raise ValueError(
             f"the stream has changed since it was interrupted ({position} done of {count}): start again without resume"
@@ -166,11 +167,11 @@ def skip_done(
         engine.terminate()
         return
     engine.state.dataloader = DataLoader(
-        Subset(loader.dataset, range(position, count)),
-        batch_size=loader.batch_size,
+        Subset(data, range(position, count)),
+        batch_size=size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
     )
     # ignite counts from here, so that the run ends, and the bar stands, where they should
-    engine.state.iteration = position // loader.batch_size
+    engine.state.iteration = position // size
     logger.info("resuming the stream at image %d of %d", position + 1, count)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator
 from torch import Tensor
 from tqdm import tqdm
 
@@ -52,7 +53,7 @@ class SourceStatisticsHandler:
         check_evaluator(self, engine)
         engine.add_event_handler(Events.STARTED, self)
 
-    def __call__(self, engine: Engine) -> None:
+    def __call__(self, engine: SupervisedEvaluator) -> None:
         """Measure, write the file and end the run."""
         statistics = measure_source_statistics(
             engine.network, _images(engine), self.layers, engine.state.device, engine.inferer, self.windows
@@ -61,7 +62,7 @@ class SourceStatisticsHandler:
         engine.terminate()
 
 
-def _images(engine: Engine) -> Iterator[Tensor]:
+def _images(engine: SupervisedEvaluator) -> Iterator[Tensor]:
     """Yield the evaluator's images as it would give them to its network."""
     for batch in tqdm(engine.data_loader, desc="source images"):
         yield engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)[0]

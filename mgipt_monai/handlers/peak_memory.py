@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import SupervisedEvaluator
 
 __all__ = ["PeakMemoryHandler"]
 
@@ -26,7 +27,7 @@ class PeakMemoryHandler:
         engine.add_event_handler(Events.ITERATION_STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._note)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: SupervisedEvaluator) -> None:
         device = engine.state.device
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -36,7 +37,7 @@ class PeakMemoryHandler:
         except OSError:
             return
 
-    def _note(self, engine: Engine) -> None:
+    def _note(self, engine: SupervisedEvaluator) -> None:
         device = engine.state.device
         peak = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else _resident_peak()
         engine.state.record["peak_memory_mib"] = peak

@@ -14,6 +14,7 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import Checkpoint
 from monai.data.utils import set_rnd
+from monai.engines import Trainer
 
 from mgipt_monai.utils.files import load_state, save_state
 
@@ -53,20 +54,20 @@ class ResumableTrainingHandler:
         engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
 
-    def _start(self, engine: Engine) -> None:
+    def _start(self, engine: Trainer) -> None:
         if not self.resume or not self.path.is_file():
             return
         wanted = engine.state.max_epochs
         Checkpoint.load_objects(self.states, load_state(self.path, "training state"))
-        if engine.state.epoch > wanted:
+        if wanted is not None and engine.state.epoch > wanted:
             raise ValueError(f"{self.path} holds {engine.state.epoch} epochs, more than max_epochs={wanted}: raise it")
         engine.state.max_epochs = wanted  # a training may be resumed to become longer
         logger.info("resuming the training after epoch %d of %d", engine.state.epoch, wanted)
 
-    def _seed(self, engine: Engine) -> None:
+    def _seed(self, engine: Trainer) -> None:
         torch_seed, transform_seed = np.random.SeedSequence((self.seed, engine.state.epoch)).generate_state(2)
         torch.manual_seed(int(torch_seed))
-        set_rnd(engine.data_loader.dataset, int(transform_seed))
+        set_rnd(getattr(engine.data_loader, "dataset", None), int(transform_seed))
 
     def _save(self) -> None:
         save_state({name: state.state_dict() for name, state in self.states.items()}, self.path)

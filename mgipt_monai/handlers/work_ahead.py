@@ -109,7 +109,9 @@ class _AheadInferer(Inferer):
         while (batch := self._next_batch()) is not END:
             yield batch
 
-    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(  # type: ignore[override] # as in AdaptiveInferer
+        self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Predict, with what was done ahead if it fits, and start the next image."""
         ahead, self._prediction = self._prediction, None
         self.inferer.bind(network)

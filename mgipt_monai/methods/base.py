@@ -71,12 +71,6 @@ class AdaptationMethod(nn.Module, ABC):
             ``reset``, and for methods without ``has_uncertainty``. It is never saved.
     """
 
-    takes_windows = False
-    """Whether the method can predict through a sliding-window inferer."""
-    has_uncertainty = False
-    """Whether the method predicts several views of an image, which can disagree."""
-    averaged: tuple[str, ...] = ()
-    """Names of the tensors in the adaptation state whose mean over several streams is a state to continue with."""
     aligned_layers: str | None = None
     """Regular expression on the names of the norm layers that the method works with; None: all."""
     statistics: SourceStatistics | None = None
@@ -90,6 +84,21 @@ class AdaptationMethod(nn.Module, ABC):
         self.route = ForwardRoute()
         self._rollback: dict[str, Any] | None = None
         self.bind(network)
+
+    @property
+    def takes_windows(self) -> bool:
+        """Whether the method can predict through a sliding-window inferer."""
+        return False
+
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether the method predicts several views of an image, which can disagree."""
+        return False
+
+    @property
+    def averaged(self) -> tuple[str, ...]:
+        """Names of the tensors in the adaptation state whose mean over several streams is a state to continue with."""
+        return ()
 
     @property
     def name(self) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
 from mgipt_monai.networks.prompts.instance_prompt import InstancePrompt
+from mgipt_monai.utils.state_checks import is_whole
 
 __all__ = ["Plan", "fit", "plan"]
 
@@ -86,7 +86,7 @@ def plan(max_forwards: int, whole: Plan) -> Plan:
         Plan(instance_sizes=(1,), steps=7, global_sizes=(3, 5, 7), checks=True, guarded=False)
     """
     least = replace(whole, instance_sizes=(), global_sizes=()).cost
-    if not isinstance(max_forwards, Integral) or isinstance(max_forwards, bool) or max_forwards < least:
+    if not is_whole(max_forwards) or max_forwards < least:
         guard = " and one for the guard" if whole.guarded else ""
         raise ValueError(
             f"max_forwards must be a whole number of at least {least} (one for the calibrated prediction{guard}), "

@@ -185,7 +185,7 @@ class MGIPT(AdaptationMethod):
 
     def _loss(self, prompted: Tensor) -> Tensor:
         """Return the alignment loss (Eq. 2) of prompted images (N, C, \\*spatial), (N,)."""
-        self._backwards += len(prompted) * self.norms.windows.count
+        self._backwards += len(prompted) * self.norms.loss_windows
         return self.norms.loss(prompted, self._tuning_normalization("instance"))
 
     def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
@@ -193,7 +193,8 @@ class MGIPT(AdaptationMethod):
         with torch.no_grad():
             views = torch.cat([prompt(image), prompt(self.jitter(image))])
             logits = self.norms.predict_windows(views, self._tuning_normalization("calibrated"))
-            return consistency_score(*logits.split(1), self.head)
+            plain, jittered = logits.split(1)
+            return consistency_score(plain, jittered, self.head)
 
     def _tuning_normalization(self, paper: Normalization) -> Normalization:
         """Return the paper's normalisation, or that of the released code in its place."""

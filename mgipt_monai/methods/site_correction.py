@@ -113,5 +113,5 @@ class SiteCorrection(AdaptationMethod):
         return {"site": self.site.adaptation_state()}
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        channels = {name: len(layer.running_mean) for name, layer in self.norms.layers.items()}
+        channels = {name: len(self.norms.stored(name)[0]) for name in self.norms.layers}
         self.site.load_adaptation_state(state["site"], channels)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any, Literal, get_args
 
 import torch
@@ -16,8 +15,8 @@ from torch.nn.functional import cosine_similarity
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment.norms import AlignedNorms, BlendedNorms
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
-from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_step, check_tuning, loss_gradient
-from mgipt_monai.utils.state_checks import check_finite, check_tensors
+from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_step, check_tuning, loss_gradients
+from mgipt_monai.utils.state_checks import check_finite, check_tensors, is_whole
 
 __all__ = ["VPTTA"]
 
@@ -81,9 +80,9 @@ class VPTTA(AdaptationMethod):
         statistics: SourceStatistics | str | os.PathLike | None = None,
         aligned_layers: str | None = None,
     ) -> None:
-        check_step(lr, betas)
+        betas = check_step(lr, betas)
         for name, value in (("side", side), ("memory_size", memory_size), ("neighbours", neighbours)):
-            if not isinstance(value, Integral) or value < 1:
+            if not is_whole(value) or value < 1:
                 raise ValueError(f"{name} must be a whole number from 1, got {value}")
         if neighbours > memory_size:
             raise ValueError(f"neighbours must be at most memory_size ({memory_size}), got {neighbours}")
@@ -93,9 +92,11 @@ class VPTTA(AdaptationMethod):
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
         self.aligned_layers, self.statistics = aligned_layers, read_statistics(statistics)
         super().__init__(network)
-        self.lr, self.betas, self.side, self.centred = lr, tuple(betas), side, centred
+        self.lr, self.betas, self.side, self.centred = lr, betas, side, centred
         self.memory_size, self.neighbours, self.warm_n, self.start = memory_size, neighbours, warm_n, start
-        self._reset()
+        self.amplitudes: list[Tensor] = []
+        self.prompts: list[Tensor] = []
+        self.moments: list[Tensor] = []
 
     @classmethod
     def released(cls, network: nn.Module, *, image_side: int = 512, **overrides: Any) -> VPTTA:
@@ -123,7 +124,7 @@ class VPTTA(AdaptationMethod):
         low = LowFrequencies(image, self.side, self.centred)
         amplitude = low.coefficients.abs()
         prompt = self._start(amplitude).requires_grad_()
-        loss, gradient = loss_gradient(lambda x: self.norms.loss(x, "calibrated"), low.apply(prompt), prompt)
+        loss, (gradient,) = loss_gradients(lambda x: self.norms.loss(x, "calibrated"), low.apply(prompt), prompt)
         check_tuning(loss, gradient)
         prompt = self._adam_step(prompt, gradient)
         with torch.no_grad():
@@ -165,15 +166,13 @@ class VPTTA(AdaptationMethod):
         return self.norms
 
     def _cost(self) -> dict[str, int]:
-        return {"forwards": self.norms.forwards, "backwards": self.norms.windows.count}
+        return {"forwards": self.norms.forwards, "backwards": self.norms.loss_windows}
 
     def _bound(self) -> None:
         self.norms = BlendedNorms(self.network, self.aligned_layers, statistics=self.statistics, route=self.route)
 
     def _reset(self) -> None:
-        self.amplitudes: list[Tensor] = []
-        self.prompts: list[Tensor] = []
-        self.moments: list[Tensor] = []
+        self.amplitudes, self.prompts, self.moments = [], [], []
 
     def _state(self) -> dict[str, list[Tensor]]:
         return {name: [t.clone().cpu() for t in getattr(self, name)] for name in ("amplitudes", "prompts", "moments")}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What adaptation methods did to a stream: figures, tables, and a page of both (needs matplotlib)."""
+"""Reports on adaptation methods over a stream: charts, tables, and an HTML page with both (needs matplotlib)."""
 
 from __future__ import annotations
 

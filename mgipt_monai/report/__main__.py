@@ -1,13 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the report page of a benchmark's folder anew: ``python -m mgipt_monai.report OUT``."""
+"""The command that regenerates the report page of a benchmark."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
-from .page import write_report
+from mgipt_monai.installed import require
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command `mgipt report`."""
+    parser = argparse.ArgumentParser(
+        prog="mgipt report",
+        description="Regenerate the report page of a benchmark.",
+        epilog="example: mgipt report results",
+    )
+    parser.add_argument("folder", metavar="FOLDER", help="output folder of a benchmark")
+    options = parser.parse_args(arguments)
+    try:
+        require("benchmark", "jinja2", "matplotlib")
+        from .page import write_report  # needs these packages
+
+        print(write_report(options.folder))
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        parser.error(str(error))
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", help="output folder of a benchmark")
-    print(write_report(parser.parse_args().folder))
+    main()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a benchmark folder: several methods over one stream, with their figures and per-image records."""
+"""The output folder of a benchmark: the results and per-image records of several methods over one stream."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from typing import Any
 import numpy as np
 
 from mgipt_monai.stream.records import RecordFile
-from mgipt_monai.stream.summary import image_means
+from mgipt_monai.stream.summary import image_means, image_of
 
-__all__ = ["BenchmarkFolder", "dsc_of", "image_of"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "BenchmarkFolder", "dsc_of"]
 
-SCHEMA, VERSION = "mgipt_monai.results", 1
+SCHEMA, SCHEMA_VERSION = "mgipt_monai.results", 1
+"""Schema and version of ``results.json``."""
 
 
 @dataclass(frozen=True)
 class BenchmarkFolder:
-    """What a benchmark left behind.
+    """The output of a benchmark.
 
     Attributes:
         path: the folder.
-        results: what ``results.json`` holds.
-        timing: what ``timing.json`` holds; empty where there is none.
-        records: per method the records of its stream, in the order of the images.
+        results: content of ``results.json``.
+        timing: content of ``timing.json``; empty if there is no such file.
+        records: method to the records of its stream, in stream order.
     """
 
     path: Path
@@ -38,20 +39,20 @@ class BenchmarkFolder:
     records: dict[str, list[dict[str, Any]]]
 
     @classmethod
-    def read(cls, folder: str | os.PathLike) -> BenchmarkFolder:
+    def read(cls, folder: str | os.PathLike[str]) -> BenchmarkFolder:
         """Read a folder.
 
         Raises:
             FileNotFoundError: if it has no ``results.json``.
-            ValueError: if that file is not of the schema and version that this code reads.
+            ValueError: if that file has another schema or version.
         """
         path = Path(folder)
         if not (path / "results.json").is_file():
             raise FileNotFoundError(f"there is no results.json in {path}: give the output folder of a benchmark")
         results = json.loads((path / "results.json").read_text(encoding="utf-8"))
         found = (results.get("schema"), results.get("version"))
-        if found != (SCHEMA, VERSION):
-            raise ValueError(f"{path / 'results.json'} is {found}, this report reads {(SCHEMA, VERSION)}")
+        if found != (SCHEMA, SCHEMA_VERSION):
+            raise ValueError(f"{path / 'results.json'} is {found}, this report reads {(SCHEMA, SCHEMA_VERSION)}")
         timing = path / "timing.json"
         return cls(
             path,
@@ -62,22 +63,29 @@ class BenchmarkFolder:
 
     @property
     def methods(self) -> list[str]:
-        """All methods, in the order in which they ran."""
+        """All methods, in the order in which they were run."""
         return list(self.results["methods"])
 
     @property
     def baseline(self) -> str | None:
-        """The method that the others are held against."""
+        """The method that the others are compared with; None if there is none."""
         return self.results["baseline"]
 
     @property
+    def required_baseline(self) -> str:
+        """The method that the others are compared with; ValueError if there is none."""
+        if self.baseline is None:
+            raise ValueError(f"the benchmark in {self.path} has no baseline to compare with")
+        return self.baseline
+
+    @property
     def adapting(self) -> list[str]:
-        """The methods that are held against the baseline."""
+        """The methods that are compared with the baseline."""
         return [method for method in self.methods if method != self.baseline]
 
     @cached_property
     def scores(self) -> dict[str, dict[str, float]]:
-        """Per method and record name the mean DSC over classes; an image that failed anywhere is in none."""
+        """Mean DSC over classes by method and record name, without images that failed with any method."""
         failed = {image_of(row) for rows in self.records.values() for row in rows if row["status"] != "ok"}
         return {
             method: {row["name"]: dsc_of(row) for row in rows if image_of(row) not in failed}
@@ -85,13 +93,13 @@ class BenchmarkFolder:
         }
 
     def changes(self, method: str) -> dict[str, float]:
-        """Return per record name the method's DSC less the baseline's, where both are defined."""
-        before = self.scores[self.baseline]
+        """Return the DSC of the method minus that of the baseline by record name, where both are defined."""
+        before = self.scores[self.required_baseline]
         changes = {name: score - before.get(name, math.nan) for name, score in self.scores[method].items()}
         return {name: change for name, change in changes.items() if math.isfinite(change)}
 
     def image_changes(self, method: str) -> list[float]:
-        """Return per image the change, averaged over the rounds."""
+        """Return the change of each image, averaged over the rounds."""
         changes = self.changes(method)
         rounds: dict[str, list[float]] = {}
         for row in self.records[method]:
@@ -100,16 +108,6 @@ class BenchmarkFolder:
         return [float(np.mean(values)) for values in rounds.values()]
 
 
-def image_of(row: dict[str, Any]) -> str:
-    """Return the image's own name, whatever the round.
-
-    Example:
-        >>> image_of({"name": "round_2/A/eye", "round": 2})
-        'A/eye'
-    """
-    return row["name"].removeprefix(f"round_{row['round']}/")
-
-
 def dsc_of(row: dict[str, Any]) -> float:
-    """Return a record's mean DSC over classes, NaN where none is defined."""
+    """Return a record's mean DSC over classes; NaN if none is defined."""
     return image_means(row).get("dsc", math.nan)

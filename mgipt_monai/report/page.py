@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of a benchmark: one self-contained HTML page, written from the files of its folder.
+"""The report of a benchmark: one self-contained HTML page, generated from the files of its folder.
 
 Run as ``python -m mgipt_monai.report OUT``.
 """
@@ -19,27 +19,26 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"the report needs {error.name}: pip install mgipt_monai[benchmark]") from error
 
-from mgipt_monai.report.tables import percent, points, site_table, summary_table
-
 from .charts import charts_of
-from .chosen import chosen_images
+from .examples import chosen_images
 from .folder import BenchmarkFolder
+from .tables import percent, points, site_table, summary_table
 from .verdict import verdict
 
 __all__ = ["page_environment", "write_report"]
 
 
-def write_report(folder: str | os.PathLike) -> Path:
-    """Write ``report.html`` into a benchmark's folder from what is there; the same files give the same page.
+def write_report(folder: str | os.PathLike[str]) -> Path:
+    """Write ``report.html`` into the folder of a benchmark; the same files give the same page.
 
-    Sections whose data are absent are left out: what compares with a baseline, rounds, times, prompts, pictures.
+    Sections without data are omitted: comparison with a baseline, rounds, times, prompts, pictures.
 
     Returns:
-        The page's path.
+        Path of the page.
 
     Raises:
         FileNotFoundError: if the folder has no ``results.json``.
-        ValueError: if that file is of another schema or version.
+        ValueError: if that file has another schema or version.
     """
     benchmark = BenchmarkFolder.read(folder)
     methods = benchmark.adapting if benchmark.baseline is not None else []
@@ -60,7 +59,7 @@ def write_report(folder: str | os.PathLike) -> Path:
 
 
 def page_environment() -> jinja2.Environment:
-    """Return what fills in the templates of this package."""
+    """Return the jinja2 environment of this package's templates."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mgipt_monai.report", "."),
         autoescape=True,

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small pictures of each image of a stream, kept for the report: what came in, as prompted, and the masks."""
+"""Small pictures of each image of a stream for the report: the input, the prompted input and the masks."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,29 +21,29 @@ from mgipt_monai.utils.files import atomic_path
 __all__ = ["ADAPTED", "INPUT", "MASK", "PictureWriter", "picture_path", "read_masks", "write_masks"]
 
 INPUT, ADAPTED, MASK = "input.jpg", "adapted.jpg", "mask.png"
-"""Endings of the pictures of the network's input, of the prompted input, and of masks."""
+"""Suffixes of the pictures of the network's input, the prompted input and the masks."""
 
 MAX_CLASSES = 8  # bits of a grey value
 
 
 class PictureWriter:
-    """Ignite handler that keeps small pictures of each image that a :class:`StreamingAdaptationEvaluator` has done.
+    """Ignite handler that writes small pictures of each image processed by a :class:`StreamingAdaptationEvaluator`.
 
-    Under the image's name it writes to ``folder`` the prediction and, if the method changes its input, the prompted
-    image; to ``reference`` the network's input and the reference mask. Images are JPEG, of one or three channels (of
-    another count the first channel is shown); masks are PNG whose bit ``k`` is class ``k``, of the input picture's
-    size. Of a volume (C, D, H, W) it shows the plane of the last axis in which the reference has most voxels.
+    Pictures have the image's name. The prediction and, if the method changes its input, the prompted image go to
+    ``folder``; the network's input and the reference mask go to ``reference``. Images are JPEG with one or three
+    channels (only the first channel of any other number); masks are PNG with class ``k`` in bit ``k``, in the size of
+    the input picture. For a volume (C, D, H, W), the plane of the last axis with the most reference voxels is shown.
 
     Args:
-        folder: where the pictures of this run go.
-        adapted_input: gives the prompted image (1, C, \\*spatial) for the network's input of the same shape; None for
-            a method that leaves its input as it is.
-        reference: folder for what all methods share; pictures that are there already are kept. None writes none.
+        folder: folder for the pictures of this run.
+        adapted_input: returns the prompted image (1, C, \\*spatial) for the network's input of the same shape; None for
+            a method that does not change its input.
+        reference: folder for the pictures that all methods share; existing pictures are kept. None writes none.
         side: longest side of the pictures in pixels; smaller images keep their size.
 
     Raises:
-        ValueError: at construction, if ``side`` is below one; in a run, without reference masks or for more than
-            eight classes.
+        ValueError: at construction, if ``side`` is below one; in a run, if there is no reference mask or
+            there are more than eight classes.
 
     Example:
         >>> from ignite.engine import Engine
@@ -53,9 +54,9 @@ class PictureWriter:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         adapted_input: Callable[[Tensor], Tensor] | None = None,
-        reference: str | os.PathLike | None = None,
+        reference: str | os.PathLike[str] | None = None,
         side: int = 256,
     ) -> None:
         if side < 1:
@@ -67,11 +68,11 @@ class PictureWriter:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
 
     def __call__(self, engine: Engine) -> None:
-        """Write the pictures of the image that is just done."""
-        (output,) = engine.state.output
-        name = engine.state.record["name"]
+        """Write the pictures of the image just processed."""
+        (output,) = cast("list[dict[str, Any]]", engine.state.output)
+        name = cast(Any, engine.state).record["name"]
         if output.get(CommonKeys.LABEL) is None:
-            raise ValueError(f"{name} has no reference mask: pictures for the report need a labelled stream")
+            raise ValueError(f"{name} has no reference mask: the pictures of the report need a labelled stream")
         image, pred, label = (
             convert_to_tensor(output[key], track_meta=False).detach()
             for key in (CommonKeys.IMAGE, CommonKeys.PRED, CommonKeys.LABEL)
@@ -91,16 +92,16 @@ class PictureWriter:
                 write_masks(picture_path(self.reference, name, MASK), _mask(label, place, size))
 
 
-def picture_path(folder: str | os.PathLike, name: str, ending: str) -> Path:
-    """Return the file of an image's picture; a name with slashes has folders of its own."""
+def picture_path(folder: str | os.PathLike[str], name: str, ending: str) -> Path:
+    """Return the path of an image's picture; slashes in the name give subfolders."""
     return Path(folder) / f"{name}.{ending}"
 
 
-def write_masks(path: str | os.PathLike, masks: np.ndarray) -> None:
-    """Write masks (K, H, W) of up to eight classes as one PNG whose bit ``k`` is class ``k``.
+def write_masks(path: str | os.PathLike[str], masks: np.ndarray) -> None:
+    """Write masks (K, H, W) of up to eight classes as one PNG with class ``k`` in bit ``k``.
 
     Raises:
-        ValueError: if there are more classes.
+        ValueError: if there are more than eight classes.
     """
     if len(masks) > MAX_CLASSES:
         raise ValueError(f"a mask picture holds at most {MAX_CLASSES} classes, got {len(masks)}")
@@ -108,14 +109,14 @@ def write_masks(path: str | os.PathLike, masks: np.ndarray) -> None:
         Image.fromarray(np.packbits(masks > 0, axis=0, bitorder="little")[0]).save(part)
 
 
-def read_masks(path: str | os.PathLike, classes: int) -> np.ndarray:
-    """Read masks of 0 and 1, uint8 (classes, H, W), that :func:`write_masks` wrote."""
+def read_masks(path: str | os.PathLike[str], classes: int) -> np.ndarray:
+    """Read masks of 0 and 1, uint8 (classes, H, W), written by :func:`write_masks`."""
     with Image.open(path) as picture:
         return np.unpackbits(np.asarray(picture)[None], axis=0, count=classes, bitorder="little")
 
 
 def _fullest_plane(label: Tensor) -> float | None:
-    """Return where along the last axis of a volume's reference (K, D, H, W) most of it lies, in (0, 1)."""
+    """Return the position in (0, 1) along the last axis of the plane with the most reference voxels (K, D, H, W)."""
     if label.ndim == 3:
         return None
     count = (label > 0).any(dim=0).sum(dim=(0, 1)).cpu().numpy()
@@ -128,7 +129,7 @@ def _plane(volume: Tensor, place: float | None) -> Tensor:
 
 
 def _small(image: Tensor, side: int) -> Tensor:
-    """Return the image (C, H, W) with one or three channels and no side longer than ``side``."""
+    """Return the image (C, H, W) with one or three channels and sides of at most ``side``."""
     image = image if image.shape[0] in (1, 3) else image[:1]
     longest = max(image.shape[1:])
     if longest <= side:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One self-contained page of a stream's records: alerts, table and charts over time."""
+"""One self-contained HTML page for the records of a stream: alerts, table and charts over time."""
 
 from __future__ import annotations
 
@@ -14,22 +14,20 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from mgipt_monai.report.record_summary import time_of
 from mgipt_monai.utils.files import atomic_path
 
-from .chart_style import BASELINE, MAIN, Chart, as_svg, legend_below, plain_axes
+from .charts import BASELINE, MAIN, WIDTH, Chart, as_svg, legend_below, plain_axes
 from .page import page_environment
+from .record_summary import Row, time_of
 
 __all__ = ["record_charts", "write_record_page"]
 
-Row = dict[str, Any]
-
-WIDTH, HEIGHT = 8.0, 2.8  # inches
+HEIGHT = 2.8  # inches
 KINDS = {"failed": ("x", "#d55e00"), "unadapted": ("s", BASELINE), "adapted": ("o", MAIN)}
 
 
 def write_record_page(
-    path: str | os.PathLike, rows: Sequence[Row], table: Sequence[Sequence[str]], alerts: Sequence[str]
+    path: str | os.PathLike[str], rows: Sequence[Row], table: Sequence[Sequence[str]], alerts: Sequence[str]
 ) -> Path:
     """Write the page; the same records give the same bytes."""
     template = page_environment().get_template("records.html.j2")
@@ -40,7 +38,7 @@ def write_record_page(
 
 
 def record_charts(rows: Sequence[Row]) -> list[Chart]:
-    """Return the charts, each left out where no record has its data."""
+    """Return the charts, each omitted if no record has its data."""
     charts = [_decisions(rows)] if rows else []
     if any("loss_before" in row for row in rows):
         charts.append(
@@ -48,8 +46,8 @@ def record_charts(rows: Sequence[Row]) -> list[Chart]:
                 rows,
                 {"loss_before": ("before tuning", BASELINE, "s"), "loss_after": ("after", MAIN, "o")},
                 "Alignment loss",
-                "How far each image is from the source, before and after its instance prompt was tuned. A lasting step "
-                "is another scanner or other images.",
+                "Distance of each image from the source, before and after tuning its instance prompt. A lasting step "
+                "means another scanner or other images.",
             )
         )
     if any("prompt_norm" in row for row in rows):
@@ -58,7 +56,7 @@ def record_charts(rows: Sequence[Row]) -> list[Chart]:
                 rows,
                 {"prompt_norm": ("global prompts", MAIN, "o")},
                 "Distance of the prompts from ones",
-                "Euclidean distance of the global prompts from ones, which change nothing, after each image.",
+                "Euclidean distance of the global prompts from ones (no change to an image), after each image.",
             )
         )
     return charts
@@ -75,7 +73,7 @@ def _decisions(rows: Sequence[Row]) -> Chart:
     axes.set_ylim(-0.5, len(KINDS) - 0.5)
     plain_axes(axes)
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in KINDS)
-    return Chart("Decisions", "What became of each image.", f"Images over time: {counts}.", as_svg(figure))
+    return Chart("Decisions", "Outcome of each image.", f"Images over time: {counts}.", as_svg(figure))
 
 
 def _lines(rows: Sequence[Row], lines: dict[str, tuple[str, str, str]], title: str, caption: str) -> Chart:
@@ -96,7 +94,7 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _places(rows: Sequence[Row], axes: Axes) -> list[Any]:
-    """Return where the records lie along the horizontal axis: their times, or their numbers if any has no time."""
+    """Return the horizontal positions of the records: their times, or their numbers if any has no time."""
     times = [time_of(row) for row in rows]
     if None in times:
         axes.set_xlabel("image")

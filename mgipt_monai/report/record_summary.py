@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads record files, old and new, whole and damaged."""
+"""A summary of record files: the table per site and period, and alerts about what needs a look.
+
+Run as ``mgipt records records.jsonl``.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -15,14 +18,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from mgipt_monai.report.tables import percent
+from mgipt_monai.installed import require
 from mgipt_monai.stream.summary import aligned, image_means
 
-__all__ = ["Period", "alerts", "main", "read_records", "record_table", "time_of"]
+from .tables import percent
+
+__all__ = ["Period", "Row", "alerts", "main", "read_records", "record_table", "time_of"]
 
 Row = dict[str, Any]
+Period = Literal["day", "month"]
 
-KINDS = {
+TYPES: dict[str, type | tuple[type, ...]] = {
     "status": str,
     "site": str,
     "time": str,
@@ -32,17 +38,32 @@ KINDS = {
     **dict.fromkeys(("seconds", "forwards", "backwards", "loss_before", "loss_after", "prompt_norm"), (int, float)),
 }
 
+HEADS = ["site", "", "images", "failed", "adapted", "unadapted", "learned", "s/image", "F", "DSC"]
+LENGTHS = {"day": len("2026-01-31"), "month": len("2026-01")}
+NONE = "-"
 
-def read_records(paths: Iterable[str | os.PathLike]) -> tuple[list[Row], int]:
-    """Return the records of several files in the order of their times, and how many lines could not be read.
+LATEST, BEFORE = 20, 100
+"""Number of latest images, and of the images before them that they are compared with."""
+FAILED_SHARE = 0.1
+FALLBACK_RISE = 0.2
+LOSS_DRIFT = 1.0  # standard deviations of single images
+PROMPT_NORM = 16.0  # of the default 249 factors for RGB images, each off by one
+LONGEST_GAP = timedelta(days=1)
+USUAL_GAPS = 10
+GAPS_NAMED = 5
 
-    Where any record has no time, the files stay one after the other. A line that is no record is left out: one that was
-    cut off by a crash, or a value of another kind than records have.
+
+def read_records(paths: Iterable[str | os.PathLike[str]]) -> tuple[list[Row], int]:
+    """Return the records of several files in order of time, and the number of lines that could not be read.
+
+    If any record has no time, the records stay in the order of the files. Lines that are not records are skipped, such
+    as a line cut off by a crash or one with values of the wrong type.
 
     Raises:
-        FileNotFoundError: if a file is absent.
+        FileNotFoundError: if a file does not exist.
     """
-    rows, skipped = [], 0
+    rows: list[Row] = []
+    skipped = 0
     for path in paths:
         for line in filter(bytes.strip, Path(path).read_bytes().split(b"\n")):
             row = _parse(line)
@@ -50,43 +71,36 @@ def read_records(paths: Iterable[str | os.PathLike]) -> tuple[list[Row], int]:
                 skipped += 1
             else:
                 rows.append(row)
-    if all("time" in row for row in rows):
-        rows.sort(key=time_of)
+    times = [time for time in map(time_of, rows) if time is not None]
+    if len(times) == len(rows):
+        rows = [row for _, row in sorted(zip(times, rows, strict=True), key=lambda pair: pair[0])]
     return rows, skipped
 
 
 def time_of(row: Row) -> datetime | None:
-    """Return when an image was done; None for a record that does not say."""
+    """Return when an image was processed; None if the record does not say."""
     return datetime.fromisoformat(row["time"]) if row.get("time") else None
 
 
 def _parse(line: bytes) -> Row | None:
     try:
-        row = json.loads(line)
-        row = {key: value for key, value in row.items() if value is not None}
+        row = {key: value for key, value in json.loads(line).items() if value is not None}
         fits = row["status"] in ("ok", "failed") and all(
-            isinstance(row[k], KINDS[k]) for k in KINDS.keys() & row.keys()
+            isinstance(row[key], TYPES[key]) for key in TYPES.keys() & row.keys()
         )
-        if time_of(row) is not None and time_of(row).tzinfo is None:
+        time = time_of(row)
+        if time is not None and time.tzinfo is None:
             return None
     except (ValueError, KeyError, AttributeError, TypeError):
         return None
     return row if fits else None
 
 
-Period = Literal["day", "month"]
-Row = dict[str, Any]
-
-HEADS = ["site", "", "images", "failed", "adapted", "unadapted", "learned", "s/image", "F", "DSC"]
-LENGTHS = {"day": len("2026-01-31"), "month": len("2026-01")}
-NONE = "-"
-
-
 def record_table(rows: Sequence[Row], period: Period = "month") -> list[list[str]]:
-    """Return the cells of the table: heads, a line per site and month or day in the order of the rows, all together.
+    """Return the cells of the table: headings, a line per site and month or day in the order of the rows, and a total.
 
-    ``images`` are those that did not fail. A dash stands for what the records do not say: decisions without a guard,
-    Dice without labels, the month of records without a time.
+    ``images`` counts those that did not fail. A dash means missing from the records: decisions without a guard, Dice
+    without labels, the month of records without a time.
 
     Example:
         >>> row = {"site": "A", "status": "ok", "seconds": 1.0, "forwards": 25, "backwards": 17}
@@ -117,26 +131,13 @@ def _cells(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def _mean(values: Iterable[float], write: Any) -> str:
-    values = list(values)
-    return write(float(np.mean(values))) if values else NONE
-
-
-Row = dict[str, Any]
-
-LATEST, BEFORE = 20, 100
-"""The latest images are held against so many before them."""
-FAILED_SHARE = 0.1
-FALLBACK_RISE = 0.2
-LOSS_DRIFT = 1.0  # standard deviations of single images
-PROMPT_NORM = 16.0  # of the default 249 factors of a colour photograph, each off by one
-LONGEST_GAP = timedelta(days=1)
-USUAL_GAPS = 10
-GAPS_NAMED = 5
+def _mean(values: Iterable[float], write: Callable[[float], str]) -> str:
+    numbers = list(values)
+    return write(float(np.mean(numbers))) if numbers else NONE
 
 
 def alerts(rows: Sequence[Row]) -> list[str]:
-    """Return one sentence for each thing that is worth a look; docs/records.md has the limits.
+    """Return one sentence for each finding that needs a look; docs/how-to/monitor.md lists the limits.
 
     Example:
         >>> alerts([{"status": "ok"}] * 18 + [{"status": "failed"}] * 2)
@@ -157,10 +158,8 @@ def _fallbacks(done: Sequence[Row]) -> Iterator[str]:
     fell_back = [row["decision"] == "unadapted" for row in done if "decision" in row]
     before, latest = fell_back[-LATEST - BEFORE : -LATEST], fell_back[-LATEST:]
     if len(before) >= LATEST and np.mean(latest) - np.mean(before) >= FALLBACK_RISE:
-        yield (
-            f"the guard fell back for {percent(np.mean(latest), 0)} % of the latest {LATEST} images, for "
-            f"{percent(np.mean(before), 0)} % of the {len(before)} before"
-        )
+        now, earlier = (percent(float(np.mean(part)), 0) for part in (latest, before))
+        yield f"the guard fell back for {now} % of the latest {LATEST} images, {earlier} % of the {len(before)} before"
 
 
 def _losses(done: Sequence[Row]) -> Iterator[str]:
@@ -179,7 +178,7 @@ def _losses(done: Sequence[Row]) -> Iterator[str]:
 def _prompts(done: Sequence[Row]) -> Iterator[str]:
     norms = [row["prompt_norm"] for row in done if "prompt_norm" in row]
     if norms and norms[-1] >= PROMPT_NORM:
-        yield f"the global prompts are {norms[-1]:.1f} from ones: a roll-back or a new stream may do better"
+        yield f"the global prompts are {norms[-1]:.1f} from ones: consider a rollback or a new stream"
 
 
 def _gaps(rows: Sequence[Row]) -> Iterator[str]:
@@ -190,23 +189,29 @@ def _gaps(rows: Sequence[Row]) -> Iterator[str]:
     for i in long[-GAPS_NAMED:]:
         yield f"no image for {gaps[i] / timedelta(days=1):.1f} days after {times[i]:%Y-%m-%d %H:%M} UTC"
     if len(long) > GAPS_NAMED:
-        yield f"{len(long) - GAPS_NAMED} more such gaps before these"
+        yield f"{len(long) - GAPS_NAMED} more such gaps before those"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command `mgipt records`."""
+    parser = argparse.ArgumentParser(
+        prog="mgipt records",
+        description="Summarise the records of runs by site and time, with alerts.",
+        epilog="example: mgipt records masks/records.jsonl --by day --html records.html",
+    )
     parser.add_argument("records", nargs="+", help="records.jsonl of one or more runs")
-    parser.add_argument("--by", choices=get_args(Period), default="month", help="what a line of the table is of")
-    parser.add_argument("--html", help="write a page with charts too (needs jinja2)")
+    parser.add_argument("--by", choices=get_args(Period), default="month", help="period per line (default %(default)s)")
+    parser.add_argument("--html", help="also write an HTML page with charts")
     options = parser.parse_args(arguments)
     try:
+        if options.html:
+            require("benchmark", "jinja2", "matplotlib")
         rows, skipped = read_records(options.records)
-    except OSError as error:
+    except (OSError, ModuleNotFoundError) as error:
         parser.error(str(error))
     found = alerts(rows)
     if skipped:
-        found.append(f"{skipped} lines could not be read and are left out")
+        found.append(f"{skipped} lines could not be read and are skipped")
     table = record_table(rows, options.by)
     print(aligned(table, texts=2))
     print("\n".join(["", *(f"! {alert}" for alert in found)]) if found else "\nno alerts")

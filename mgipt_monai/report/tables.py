@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the report writes numbers."""
+"""The tables of the report, and how it formats numbers."""
 
 from __future__ import annotations
 
@@ -9,13 +9,24 @@ from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from mgipt_monai.report.folder import BenchmarkFolder
+from .folder import BenchmarkFolder
 
-__all__ = ["Cell", "Column", "Table", "percent", "points", "probability", "site_table", "span", "summary_table"]
+__all__ = [
+    "TITLES",
+    "Cell",
+    "Column",
+    "Table",
+    "percent",
+    "points",
+    "probability",
+    "site_table",
+    "span",
+    "summary_table",
+]
 
 
 def percent(value: float, digits: int = 2) -> str:
-    """Write a share in percent, without the sign.
+    """Format a fraction in percent, without the sign.
 
     Example:
         >>> percent(0.92536), percent(0.25, digits=0)
@@ -25,7 +36,7 @@ def percent(value: float, digits: int = 2) -> str:
 
 
 def points(value: float) -> str:
-    """Write a difference of shares in percentage points, with its sign (a minus, not a hyphen).
+    """Format a difference of fractions in percentage points, with its sign (a minus, not a hyphen).
 
     Example:
         >>> points(0.012), points(-0.0064)
@@ -35,7 +46,7 @@ def points(value: float) -> str:
 
 
 def span(interval: tuple[float, float] | None, write: Callable[[float], str] = percent) -> str:
-    """Write an interval, which a single image has not.
+    """Format an interval; None, as for a single image, is "not defined".
 
     Example:
         >>> span((0.91, 0.93)), span((-0.01, 0.002), points), span(None)
@@ -48,7 +59,7 @@ def span(interval: tuple[float, float] | None, write: Callable[[float], str] = p
 
 
 def probability(value: float | None) -> str:
-    """Write a p-value, a dash where there is none.
+    """Format a p-value; None is a dash.
 
     Example:
         >>> probability(0.0123), probability(2e-9), probability(None)
@@ -60,17 +71,18 @@ def probability(value: float | None) -> str:
 
 
 TITLES = {"dsc": "DSC", "hd95": "HD95", "asd": "ASD", "e_max": "E-max", "s": "S"}
+"""How metrics are written."""
 
 
 class Cell(NamedTuple):
-    """A number as written, and what stands below it in small print."""
+    """A formatted number, and a note below it in small print."""
 
     text: str = "–"
     note: str = ""
 
 
 class Column(NamedTuple):
-    """A column: the heading that it shares with its neighbours, its own, and what it writes for a row."""
+    """A column: the heading shared with its neighbours, its own heading, and a function from row to cell."""
 
     group: str
     head: str
@@ -79,12 +91,12 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """A table ready to be drawn.
+    """A formatted table.
 
     Attributes:
-        groups: shared headings and how many columns each spans.
-        heads: the columns' own headings.
-        blocks: per block of rows its heading ("" for none) and its rows, each a heading with its cells.
+        groups: shared headings and the number of columns that each spans.
+        heads: headings of the single columns.
+        blocks: heading ("" for none) and rows of each block of rows; a row is its heading and its cells.
     """
 
     groups: list[tuple[str, int]]
@@ -93,7 +105,7 @@ class Table:
 
 
 def summary_table(folder: BenchmarkFolder) -> Table:
-    """Return one row per method; columns whose data are absent are left out."""
+    """Return a table with one row per method; columns without data are omitted."""
     results, baseline = folder.results, folder.baseline
     columns = [
         *_class_columns(folder, lambda method: results["methods"][method]["metrics"]["dsc"]["classes"]),
@@ -113,7 +125,7 @@ def summary_table(folder: BenchmarkFolder) -> Table:
         ]
     for metric in results["metrics"]:
         if metric != "dsc":
-            columns.append(Column("mean of", _title(folder, metric), lambda m, x=metric: _mean(folder, m, x)))
+            columns.append(Column("mean of", _title(folder, metric), partial(_mean, folder, metric=metric)))
     columns.append(Column("per image", "cost, F", lambda method: _cost(results["methods"][method])))
     if folder.timing:
         times = folder.timing["methods"]
@@ -124,7 +136,7 @@ def summary_table(folder: BenchmarkFolder) -> Table:
 
 
 def site_table(folder: BenchmarkFolder) -> Table:
-    """Return per site one row per method."""
+    """Return a table with a block per site and one row per method."""
 
     def figures(row: tuple[str, str], metric: str = "dsc") -> dict[str, Any]:
         site, method = row
@@ -132,11 +144,13 @@ def site_table(folder: BenchmarkFolder) -> Table:
 
     def gain(row: tuple[str, str]) -> Cell:
         site, method = row
-        here, before = figures(row).get("mean"), figures((site, folder.baseline)).get("mean")
-        return Cell() if method == folder.baseline or None in (here, before) else Cell(points(here - before))
+        mean, baseline_mean = figures(row).get("mean"), figures((site, folder.required_baseline)).get("mean")
+        if method == folder.baseline or mean is None or baseline_mean is None:
+            return Cell()
+        return Cell(points(mean - baseline_mean))
 
     def mean_of(metric: str, row: tuple[str, str]) -> Cell:
-        return Cell(_written(folder, metric, figures(row, metric).get("mean")))
+        return Cell(_formatted(folder, metric, figures(row, metric).get("mean")))
 
     columns = [
         *_class_columns(folder, lambda row: figures(row).get("classes", {})),
@@ -165,10 +179,10 @@ def _table(
 
 
 def _class_columns(folder: BenchmarkFolder, classes: Callable[[Any], dict[str, float | None]]) -> list[Column]:
-    return [
-        Column("DSC, %", name, lambda row, name=name: Cell(_written(folder, "dsc", classes(row).get(name))))
-        for name in folder.results["classes"]
-    ]
+    def cell(name: str, row: Any) -> Cell:
+        return Cell(_formatted(folder, "dsc", classes(row).get(name)))
+
+    return [Column("DSC, %", name, partial(cell, name)) for name in folder.results["classes"]]
 
 
 def _mean(folder: BenchmarkFolder, method: str, metric: str, with_interval: bool = False) -> Cell:
@@ -177,7 +191,7 @@ def _mean(folder: BenchmarkFolder, method: str, metric: str, with_interval: bool
         return Cell()
     notes = [span(figures["interval"])] if with_interval else []
     notes += [f"{figures['undefined']} undefined"] if figures["undefined"] else []
-    return Cell(_written(folder, metric, figures["mean"]), "; ".join(notes))
+    return Cell(_formatted(folder, metric, figures["mean"]), "; ".join(notes))
 
 
 def _degradation(folder: BenchmarkFolder, method: str) -> Cell:
@@ -201,13 +215,13 @@ def _whole(value: float | None) -> Cell:
     return Cell() if value is None else Cell(f"{value:.0f}")
 
 
-def _written(folder: BenchmarkFolder, metric: str, value: float | None) -> str:
+def _formatted(folder: BenchmarkFolder, metric: str, value: float | None) -> str:
     if value is None:
         return "–"
     return percent(value) if folder.results["metrics"][metric]["percent"] else f"{value:.2f}"
 
 
 def _title(folder: BenchmarkFolder, metric: str) -> str:
-    kind = folder.results["metrics"][metric]
-    unit = "%" if kind["percent"] else kind["unit"]
+    info = folder.results["metrics"][metric]
+    unit = "%" if info["percent"] else info["unit"]
     return ", ".join(filter(None, [TITLES.get(metric, metric), unit]))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report's answer in plain words: does adaptation help on these sites?"""
+"""The conclusion of the report in words: does adaptation help on these sites?"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from mgipt_monai.report.tables import percent, points, probability, span
+from .tables import percent, points, probability, span
 
 __all__ = ["verdict"]
 
@@ -13,12 +13,12 @@ LEVEL = 0.05
 
 
 def verdict(results: dict[str, Any]) -> str:
-    """Say in a paragraph whether adaptation helps, which method is best, how sure that is, and how many images lose.
+    """Return a paragraph on whether adaptation helps, the best method, its significance and the images that get worse.
 
     A gain or loss is called clear if its 95 % interval excludes zero and its p-value is below 0.05.
 
     Args:
-        results: what ``results.json`` holds.
+        results: content of ``results.json``.
     """
     stream, baseline = results["stream"], results["baseline"]
     where = f"{stream['measured']} images of {_count(len(stream['sites']), 'site')}"
@@ -29,10 +29,10 @@ def verdict(results: dict[str, Any]) -> str:
         if figures["against_baseline"]
     }
     if not against:
-        best = max(means, key=means.get)
+        best = max(means, key=lambda method: means[method])
         sentences = [
             f"On {where}, {best} has the highest mean DSC, {percent(means[best])} %.",
-            "None of the methods is without adaptation, so whether adaptation helps is not known.",
+            "There is no method without adaptation to compare with, so whether adaptation helps is not known.",
         ]
     else:
         best = max(against, key=lambda method: against[method]["gain"])
@@ -44,7 +44,7 @@ def verdict(results: dict[str, Any]) -> str:
         ]
     if stream["failed"]:
         count = len({failure["name"] for failure in stream["failed"]})
-        sentences.append(f"{_count(count, 'image')} failed and {'is' if count == 1 else 'are'} left out.")
+        sentences.append(f"{_count(count, 'image')} failed and {'is' if count == 1 else 'are'} excluded.")
     return " ".join(sentences)
 
 
@@ -57,7 +57,7 @@ def _answer(best: str, against: dict[str, Any], mean: float, baseline: str, base
             f"here. The closest, {best}, is at {percent(mean)} %, a change of {points(gain)} points ({sure}), which is "
             f"{'a statistically clear loss' if clear else 'not statistically clear'}."
         )
-    compared = f"a mean DSC of {percent(mean)} % where {baseline} has {percent(baseline_mean)} %"
+    compared = f"a mean DSC of {percent(mean)} % compared with {percent(baseline_mean)} % of {baseline}"
     if clear:
         return (
             f"adaptation helps: the best method, {best}, has {compared}. The gain of {points(gain)} points is "
@@ -65,7 +65,7 @@ def _answer(best: str, against: dict[str, Any], mean: float, baseline: str, base
         )
     return (
         f"it is not clear that adaptation helps: the best method, {best}, has {compared}, but the gain of "
-        f"{points(gain)} points may be chance ({sure})."
+        f"{points(gain)} points may be due to chance ({sure})."
     )
 
 
@@ -75,12 +75,12 @@ def _others(against: dict[str, dict[str, Any]], baseline: str) -> list[str]:
         f"clearly worse than {baseline}": [m for m, v in against.items() if v["gain"] <= 0 and _clear(v)],
         f"not clearly different from {baseline}": [m for m, v in against.items() if not _clear(v)],
     }
-    said = [
+    sentences = [
         f"{_listed(methods)} {'is' if len(methods) == 1 else 'are'} {what}"
         for what, methods in groups.items()
         if methods
     ]
-    return [f"Of the other methods, {'; '.join(said)}."] if said else []
+    return [f"Of the other methods, {'; '.join(sentences)}."] if sentences else []
 
 
 def _listed(words: list[str]) -> str:

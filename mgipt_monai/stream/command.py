@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Look at a stream's state file, go back to an earlier state, or compare two.
+"""Show the state file of a stream, roll it back to an earlier state, or compare two.
 
-Run as ``python -m mgipt_monai.stream.command show FILE``, ``... rollback FILE --to 400``, ``... diff FILE OTHER``.
+Run as ``mgipt state show FILE``, ``mgipt state rollback FILE --to 400``, ``mgipt state diff FILE OTHER``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["main"]
 
 
 def show(path: str) -> str:
-    """Say in lines of text what a stream's state file holds."""
+    """Describe the content of a state file in lines of text."""
     content = read(path)
     snapshots = ", ".join(str(state["position"]) for state in content["snapshots"]) or "none"
     return "\n".join(
@@ -29,11 +29,10 @@ def show(path: str) -> str:
 
 
 def diff(one: str, other: str) -> str:
-    """Say in lines of text where two state files differ: weights, settings, place in the stream, and prompts."""
+    """Describe how two state files differ: weights, settings, position in the stream, and prompts."""
     first, second = read(one), read(other)
-    lines = differences(
-        *({key: content[key] for key in ("weights", "position", "site")} for content in (first, second))
-    )
+    keys = ("weights", "position", "site")
+    lines = differences({key: first[key] for key in keys}, {key: second[key] for key in keys})
     lines += differences(first["settings"], second["settings"])
     far = change(first["adaptation"], second["adaptation"])
     lines += [f"{name}: largest difference {value:.4g}" for name, value in far.items() if value]
@@ -41,14 +40,18 @@ def diff(one: str, other: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command `mgipt state`."""
+    parser = argparse.ArgumentParser(
+        prog="mgipt state",
+        description="Show the state file of a stream, roll it back to an earlier state, or compare two.",
+        epilog="example: mgipt state rollback masks/adaptation_state.pt --to 400",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("show", help="what the file holds").add_argument("path")
+    commands.add_parser("show", help="show the content of the file").add_argument("path")
     back = commands.add_parser("rollback", help="make a snapshot the current state")
     back.add_argument("path")
-    back.add_argument("--to", type=int, required=True, help="the images that were done then")
-    two = commands.add_parser("diff", help="where two files differ")
+    back.add_argument("--to", type=int, required=True, help="number of images after which the snapshot was saved")
+    two = commands.add_parser("diff", help="show the differences between two files")
     two.add_argument("one")
     two.add_argument("other")
     options = parser.parse_args(arguments)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of images that only who holds a key can tell."""
+"""Image names that only the holder of a key can recognise."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from mgipt_monai.utils.files import atomic_path
 __all__ = ["Pseudonyms", "without_names"]
 
 KEY_BYTES, DIGITS = 32, 16
-SHORTEST = 3  # shorter names would be found in many words that are none
+SHORTEST = 3  # shorter names would match many unrelated words
 
 
 class Pseudonyms:
     """The same 16 hexadecimal digits for the same name, from HMAC-SHA256 with a random key.
 
-    A plain hash of a name that can be guessed can be guessed too; this one cannot without the key.
+    A plain hash of a guessable name can be guessed as well; this one cannot be without the key.
 
     Args:
-        key_path: file of the key; it is made at first use, readable by its owner alone.
+        key_path: file of the key; created at first use, readable only by its owner.
 
     Example:
         >>> import tempfile
@@ -36,14 +36,14 @@ class Pseudonyms:
         (16, True)
     """
 
-    def __init__(self, key_path: str | os.PathLike) -> None:
+    def __init__(self, key_path: str | os.PathLike[str]) -> None:
         self.key_path = Path(key_path)
 
     def of(self, name: str) -> str:
-        """Return what stands for a name.
+        """Return the pseudonym of a name.
 
         Raises:
-            ValueError: if the key's file holds no key.
+            ValueError: if the key file does not contain a key.
         """
         return hmac.new(self._key, name.encode(), hashlib.sha256).hexdigest()[:DIGITS]
 
@@ -55,12 +55,12 @@ class Pseudonyms:
                 part.write_text(secrets.token_hex(KEY_BYTES))
         text = self.key_path.read_bytes()
         if not re.fullmatch(rb"[0-9a-f]{%d}" % (2 * KEY_BYTES), text):
-            raise ValueError(f"{self.key_path} holds no key: put the right file there, or remove it to start anew")
+            raise ValueError(f"{self.key_path} holds no key: restore the right file, or remove it to create a new key")
         return bytes.fromhex(text.decode())
 
 
 def without_names(text: str, names: Iterable[str], instead: str) -> str:
-    """Return a text with names, their last parts with and without ending, and all that looks like a path replaced.
+    """Replace names, their file names with and without extension, and anything that looks like a path in a text.
 
     Example:
         >>> without_names("in/Ann Lee.png has 2 channels, its mask /out/x.png none", ["in/Ann Lee.png"], "9f")
@@ -68,7 +68,7 @@ def without_names(text: str, names: Iterable[str], instead: str) -> str:
     """
     hidden = set()
     for name in names:
-        path = PureWindowsPath(name)  # knows both kinds of separators
+        path = PureWindowsPath(name)  # handles both kinds of separators
         folder = str(name)[: -len(path.name)].rstrip("/\\") if path.name else ""
         hidden |= {str(name), path.name, path.name.split(".")[0], folder if len(path.parts) > 2 else ""}
     for name in sorted((name for name in hidden if len(name) >= SHORTEST), key=len, reverse=True):

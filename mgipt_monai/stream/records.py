@@ -128,7 +128,7 @@ class AuditTrail:
         self.file, self.identifiers = RecordFile(path), identifiers
         self.runs_path = self.file.path.with_suffix(".runs.json")
         self._pseudonyms = Pseudonyms(self.file.path.with_suffix(".key"))
-        self._run: str | None = None
+        self._run: int | None = None
 
     def keep(self, count: int) -> list[dict[str, Any]]:
         """Cut the file to the records of the first ``count`` images and return them; 0 forgets the runs too.
@@ -167,11 +167,10 @@ class AuditTrail:
             row: the record, with the image's name.
             names: other names of the image, such as its files, that a reason could hold.
         """
-        if self._run is None:
-            self._note_run()
+        run = self._note_run() if self._run is None else self._run
         if self.identifiers == "hashed":
             row = self._hidden(row, names)
-        self.file.append({**row, "time": now(), "run": int(self._run)})
+        self.file.append({**row, "time": now(), "run": run})
 
     def shown(self, name: str) -> str:
         """Return a name as the records have it."""
@@ -182,11 +181,12 @@ class AuditTrail:
         reason = {"reason": without_names(row["reason"], [row["name"], *names], shown)} if "reason" in row else {}
         return {**row, "name": shown, **reason}
 
-    def _note_run(self) -> None:
+    def _note_run(self) -> int:
         runs = self._runs()
-        self._run = str(len(runs) + 1)
+        self._run = len(runs) + 1
         with atomic_path(self.runs_path) as part:
-            part.write_text(json.dumps({**runs, self._run: self._about}, indent=2) + "\n", encoding="utf-8")
+            part.write_text(json.dumps({**runs, str(self._run): self._about}, indent=2) + "\n", encoding="utf-8")
+        return self._run
 
     def _runs(self) -> dict[str, Any]:
         return json.loads(self.runs_path.read_text(encoding="utf-8")) if self.runs_path.is_file() else {}

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Per-site and overall figures of a stream, made from its per-image records."""
+"""Per-site and overall figures of a stream, computed from its per-image records."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import ignite.distributed as idist
 import numpy as np
 
-__all__ = ["StreamSummary", "aligned", "image_means", "worst_tenth"]
+__all__ = ["ALL", "StreamSummary", "aligned", "image_means", "image_of", "worst_tenth"]
 
 ALL = "all"
 """The key of the figures over all sites."""
 
 
 class StreamSummary:
-    """Gathers the records of a stream and says how it went: site by site, in the order of their first image.
+    """Collects the records of a stream and summarises them by site, in the order of the sites' first images.
 
     Example:
         >>> summary = StreamSummary()
@@ -33,7 +33,7 @@ class StreamSummary:
         self._totals: dict[str, tuple[float, int]] = {}
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take one record (see :class:`mgipt_monai.RecordFile`); only its figures, and why it failed, are kept."""
+        """Add one record (see :class:`mgipt_monai.RecordFile`); only its figures and its failure are kept."""
         kept = {key: row.get(key) for key in ("site", "status", "seconds", "metrics")}
         if row["status"] != "ok":
             kept["failure"] = f"{row['name']}: {row['reason']}"
@@ -51,24 +51,24 @@ class StreamSummary:
         return [row["failure"] for row in self._rows if "failure" in row]
 
     def of_all_processes(self) -> StreamSummary:
-        """Return the summary of the images of every process of ``torch.distributed``, which must all call this."""
+        """Return the summary over all processes of ``torch.distributed``; every process must call this."""
         whole = StreamSummary()
-        for rows in idist.all_gather(self._rows):
+        for rows in cast("list[list[dict[str, Any]]]", idist.all_gather(self._rows)):
             for row in rows:
                 whole._take(row)
         return whole
 
     @property
     def means(self) -> dict[str, float]:
-        """Mean of each metric so far, over the images' means over classes."""
+        """Mean of each metric so far: the mean over images of their means over classes."""
         return {metric: total / count for metric, (total, count) in self._totals.items()}
 
     def figures(self) -> dict[str, dict[str, Any]]:
-        """Return the figures per site, and for ``all`` images together.
+        """Return the figures of each site, and of ``all`` images.
 
-        Each has ``images``, ``failed``, ``seconds_per_image`` and ``metrics``: per metric the mean of each class, the
-        ``mean`` over images of an image's mean over classes, and ``worst_tenth``, the mean of the lowest tenth of the
-        images by it (one image at least). Values that are not a number (a class that is absent) are left out.
+        Each has ``images``, ``failed``, ``seconds_per_image`` and ``metrics``: for each metric the mean of each class,
+        the ``mean`` over images of their means over classes, and ``worst_tenth``, the mean of the lowest tenth of these
+        (at least one image). NaN values (absent classes) are ignored.
         """
         by_site: dict[str, list[dict[str, Any]]] = {}
         for row in self._rows:
@@ -76,7 +76,7 @@ class StreamSummary:
         return {site: _figures(rows) for site, rows in {**by_site, ALL: self._rows}.items()}
 
     def table(self, metric: str = "dsc") -> str:
-        """Return the figures of one metric as lines of text, in percent; without it the counts and times alone."""
+        """Return the figures of one metric as a text table, in percent; only counts and times if it is missing."""
         figures = self.figures()
         columns = list(next((f["metrics"][metric] for f in figures.values() if metric in f["metrics"]), {}))
         lines = [["site", "images", "failed", *[c.replace("_", " ") for c in columns], "s/image"]]
@@ -89,7 +89,7 @@ class StreamSummary:
 
 
 def aligned(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Return cells as lines of text in columns: the first ``texts`` to the left, the others to the right.
+    """Return cells as a text table: the first ``texts`` columns aligned left, the others right.
 
     Example:
         >>> print(aligned([["site", "images"], ["A", "12"]]))
@@ -103,8 +103,18 @@ def aligned(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
     )
 
 
-def image_means(row: dict[str, Any]) -> dict[str, float]:
-    """Return each metric's mean over an image's classes; classes that are absent are left out."""
+def image_of(row: Mapping[str, Any]) -> str:
+    """Return the name of a record's image without its round.
+
+    Example:
+        >>> image_of({"name": "round_2/A/eye", "round": 2})
+        'A/eye'
+    """
+    return str(row["name"]).removeprefix(f"round_{row.get('round', 1)}/")
+
+
+def image_means(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return each metric's mean over the classes of an image, without absent classes."""
     means = {}
     for metric, classes in (row.get("metrics") or {}).items():
         values = [value for value in classes.values() if value is not None and not math.isnan(value)]
@@ -114,7 +124,7 @@ def image_means(row: dict[str, Any]) -> dict[str, float]:
 
 
 def worst_tenth(values: Sequence[float] | np.ndarray, higher_is_better: bool = True) -> float:
-    """Return the mean of the worst tenth of the values, one at least."""
+    """Return the mean of the worst tenth of the values (at least one value)."""
     ordered = np.sort(values) if higher_is_better else -np.sort(-np.asarray(values))
     return float(ordered[: max(1, len(values) // 10)].mean())
 

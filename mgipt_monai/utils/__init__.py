@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Helpers that know nothing of methods: files, messages, fingerprints, weights."""
+"""Helpers that do not depend on the methods: files, messages, fingerprints, weights."""

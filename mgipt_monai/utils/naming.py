@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which files an image was read from, and what went wrong, in words that name them."""
+"""File names of images, and error messages that name them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from monai.utils import CommonKeys, ensure_tuple
 
-__all__ = ["file_names", "naming", "root_cause"]
+__all__ = ["file_names", "naming", "root_cause", "with_file_name"]
 
 
 def file_names(batch: Any) -> list[str]:
-    """Return the names of the files of a batch's images, as far as their meta data has them.
+    """Return the file names of the images of a batch, if their metadata have them.
 
     Args:
-        batch: images, or a dict with images under ``image``, as an evaluator or a ``DataLoader`` has them.
+        batch: images, or a dict with images under ``image``, as from an evaluator or a ``DataLoader``.
 
     Example:
         >>> import torch
@@ -27,18 +27,22 @@ def file_names(batch: Any) -> list[str]:
     return [str(name) for name in ensure_tuple(getattr(images, "meta", {}).get("filename_or_obj", ()))]
 
 
-def naming(message: str, files: Sequence[str]) -> str:
-    """Return a message about files that names one: as it is if it does, else with the first one's name before it.
+def with_file_name(message: str, files: Sequence[str]) -> str:
+    """Return a message that names one of the files: unchanged if it does, otherwise with the first name in front.
 
     Example:
-        >>> naming("too dark", ["eye.png"]), naming("eye.png is too dark", ["eye.png"]), naming("too dark", [])
-        ('eye.png: too dark', 'eye.png is too dark', 'too dark')
+        >>> with_file_name("too dark", ["eye.png"]), with_file_name("eye.png is too dark", ["eye.png"])
+        ('eye.png: too dark', 'eye.png is too dark')
     """
     return message if not files or any(file in message for file in files) else f"{files[0]}: {message}"
 
 
+naming = with_file_name
+"""Former name of :func:`with_file_name`."""
+
+
 def root_cause(error: BaseException) -> str:
-    """Return the first cause's own message: MONAI wraps errors in the names of the transforms they went through.
+    """Return the message of the first cause, without the transform names that MONAI wraps around it.
 
     Example:
         >>> try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What made a file: the fingerprint of a network's weights, and the installed versions."""
+"""Provenance of a file: the fingerprint of a network's weights, and the installed versions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["fingerprint", "versions"]
 
 
 def fingerprint(network: nn.Module) -> str:
-    """Return the SHA-256 of all parameters and stored buffers of a plain network, 64 hexadecimal digits.
+    """Return the SHA-256 of all parameters and persistent buffers of a network, as 64 hexadecimal digits.
 
-    It covers the name, type, shape and every bit of each tensor of the state dict, and is the same on every device.
-    Hashing takes about as long as reading the weights from a file.
+    It covers the name, data type, shape and every bit of each tensor of the state dict, and is the same on all devices.
+    It takes about as long as reading the weights from a file.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -28,8 +28,8 @@ def fingerprint(network: nn.Module) -> str:
     tensors = {key: value for key, value in network.state_dict().items() if isinstance(value, Tensor)}
     for key, value in sorted(tensors.items()):
         digest.update(f"{key}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        # as bytes, since numpy does not know every type of torch
-        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy())
+        # as bytes, since numpy lacks some data types of torch
+        digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,28 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Check parts of a saved state, which may hold anything, before any of it is taken over."""
+"""Checks of a saved state, which may contain anything, before any of it is used."""
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_finite", "check_keys", "check_number", "check_tensor", "check_tensors"]
+__all__ = ["check_finite", "check_keys", "check_number", "check_tensor", "check_tensors", "is_whole"]
 
-MOST = 2.0**63
+LARGEST = 2.0**63
+
+
+def is_whole(value: Any) -> bool:
+    """Whether ``value`` is a whole number, of numpy too, and no truth value."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_keys(name: str, value: Any, keys: set[str]) -> None:
-    """Raise ValueError unless ``value`` is a dict that has all these keys."""
+    """Raise ValueError unless ``value`` is a dict with all these keys."""
     if not isinstance(value, dict):
         raise ValueError(f"the {name} must be a dict, got {type(value).__name__}")
     if missing := sorted(keys - set(value)):
         raise ValueError(f"the {name} lacks {', '.join(missing)}")
 
 
-def check_number(name: str, value: Any, least: float = -MOST, most: float = MOST, whole: bool = False) -> None:
-    """Raise ValueError unless ``value`` is a plain finite number from ``least`` to ``most``, whole if asked for."""
+def check_number(name: str, value: Any, least: float = -LARGEST, most: float = LARGEST, whole: bool = False) -> None:
+    """Raise ValueError unless ``value`` is a finite number from ``least`` to ``most``, an integer if ``whole``."""
     kinds = (int,) if whole else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds) or not least <= value <= most:
         kind = "whole number" if whole else "number"
@@ -30,7 +36,7 @@ def check_number(name: str, value: Any, least: float = -MOST, most: float = MOST
 
 
 def check_tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Raise ValueError unless ``value`` is an ordinary dense tensor of this type of numbers."""
+    """Raise ValueError unless ``value`` is a dense tensor of this data type."""
     if not isinstance(value, Tensor):
         raise ValueError(f"the state's {name} must be a tensor, got {_short(value)}")
     if value.layout != torch.strided or value.is_meta or value.is_nested or value.dtype != dtype:
@@ -39,7 +45,7 @@ def check_tensor(name: str, value: Any, dtype: torch.dtype = torch.float32) -> N
 
 
 def check_tensors(name: str, value: Any) -> None:
-    """Raise ValueError unless ``value`` is a list of ordinary dense tensors of 32-bit numbers."""
+    """Raise ValueError unless ``value`` is a list of dense 32-bit floating-point tensors."""
     if not isinstance(value, list):
         raise ValueError(f"the state's {name} must be a list of tensors, got {_short(value)}")
     for tensor in value:
@@ -47,11 +53,11 @@ def check_tensors(name: str, value: Any) -> None:
 
 
 def check_finite(name: str, *tensors: Tensor) -> None:
-    """Raise ValueError unless all numbers of the tensors are finite."""
+    """Raise ValueError unless all values of the tensors are finite."""
     if not all(torch.isfinite(tensor).all() for tensor in tensors):
         raise ValueError(f"the state's {name} are not finite")
 
 
 def _short(value: Any) -> str:
-    plain = value is None or isinstance(value, (bool, float, str)) or (isinstance(value, int) and abs(value) < MOST)
+    plain = value is None or isinstance(value, (bool, float, str)) or (isinstance(value, int) and abs(value) < LARGEST)
     return repr(value)[:60] if plain else f"a {type(value).__name__}"

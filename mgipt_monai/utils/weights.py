@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the weights of a source network, or of its encoder, and say what is wrong where they do not fit."""
+"""Load the weights of a source network or of its encoder, with clear errors if they do not fit."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,17 +14,17 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 __all__ = ["load_encoder_weights", "load_source_weights"]
 
 
-def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
-    """Load a checkpoint into ``network``, every key of it.
+def load_source_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load a checkpoint into ``network``; all keys must match.
 
     Args:
         network: the source network.
         path: a state dict, or a dict with one under ``model`` or ``state_dict``; tensors and plain types only. The
-            ``module.`` that ``DataParallel`` puts before every key may be there.
+            prefix ``module.`` of ``DataParallel`` is removed.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or does not fit, naming the file and the keys that differ.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it cannot be read or does not fit, with the file and the keys that differ.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no checkpoint at {path}: set ckpt_path to the source network's weights")
@@ -31,22 +32,22 @@ def load_source_weights(network: nn.Module, path: str | os.PathLike) -> None:
     own = network.state_dict()
     if not any(key in own for key in state) and all(str(key).startswith("module.") for key in state):
         consume_prefix_in_state_dict_if_present(state, "module.")
-    _check(state, own, path, type(network).__name__, "set network_def to the network that it was trained as")
+    _check(state, own, path, type(network).__name__, "set network_def to the network that was trained")
     network.load_state_dict(state)
 
 
-def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike) -> None:
-    """Load the weights of a classifier, trained on ImageNet for example, into a network's encoder before its training.
+def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Load the weights of a classifier, such as one trained on ImageNet, into a network's encoder before training.
 
-    Every key of the encoder must be there but the counts of batches, which older files lack.
+    All keys of the encoder must be present except the batch counters, which older files lack.
 
     Args:
-        encoder: such as ``ResUNet().res`` or ``PraNet().resnet``.
+        encoder: for example ``ResUNet().res`` or ``PraNet().resnet``.
         path: as for :func:`load_source_weights`.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it cannot be read or does not fit, naming the file and the keys that differ.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it cannot be read or does not fit, with the file and the keys that differ.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no file at {path}: set encoder_path to the encoder's weights, or to null")
@@ -56,21 +57,25 @@ def load_encoder_weights(encoder: nn.Module, path: str | os.PathLike) -> None:
     encoder.load_state_dict(state)
 
 
-def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+def _read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors: {error}") from error
     for key in ("model", "state_dict"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    if not isinstance(state, Mapping):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
 
 
 def _check(
-    state: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], path: str | os.PathLike, name: str, fix: str
+    state: Mapping[str, torch.Tensor],
+    own: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    name: str,
+    fix: str,
 ) -> None:
     problems = [
         f"{what}: {_some(keys)}"

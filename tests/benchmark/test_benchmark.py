@@ -19,7 +19,7 @@ from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
 from tests.bundle.conftest import BUNDLE, CONFIGS
 
-SCHEMA = Path(__file__).parents[2] / "docs" / "results.schema.json"
+SCHEMA = Path(__file__).parents[2] / "docs" / "reference" / "results.schema.json"
 FILES = ("results.json", "timing.json", "images.csv", "report.html")
 
 

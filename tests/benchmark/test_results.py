@@ -9,9 +9,9 @@ import jsonschema
 import numpy as np
 import pytest
 
-from mgipt_monai.benchmark.results import SCHEMA, SCHEMA_VERSION, summarise
+from mgipt_monai.benchmark.results import summarise, timing, write_images_csv
 from mgipt_monai.benchmark.statistics import interval, per_case, wilcoxon
-from mgipt_monai.benchmark.tables import timing, write_images_csv
+from mgipt_monai.report.folder import SCHEMA, SCHEMA_VERSION
 from mgipt_monai.stream.summary import worst_tenth
 
 
@@ -100,9 +100,9 @@ def test_a_class_that_no_image_has_is_left_out_for_all_methods() -> None:
 def test_runs_over_other_images_and_lost_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="mgipt ran over other images than source"):
         summarise({"source": rows({"A1": 0.8}), "mgipt": rows({"A2": 0.8})})
-    with pytest.raises(ValueError, match="no image is left that every method processed"):
+    with pytest.raises(ValueError, match="no image was processed by every method"):
         summarise({"source": rows({"A1": None, "A2": 0.8}), "mgipt": rows({"A1": 0.8, "A2": None})})
-    with pytest.raises(ValueError, match="baseline 'other' is none of the runs source"):
+    with pytest.raises(ValueError, match="baseline 'other' is not one of the runs source"):
         summarise({"source": rows({"A1": 0.8})}, "other")
 
 
@@ -138,7 +138,7 @@ def test_results_have_the_documented_schema() -> None:
     results["settings"] = {"seed": 0, "reset_at_site": False, "weights": "00", "methods": {"source": {}, "mgipt": {}}}
     for figures in results["methods"].values():
         figures["prompts"] = {"1 x 1": [[[1.0]]]}
-    schema = json.loads((Path(__file__).parents[2] / "docs" / "results.schema.json").read_text())
+    schema = json.loads((Path(__file__).parents[2] / "docs" / "reference" / "results.schema.json").read_text())
     jsonschema.validate(json.loads(json.dumps(results, allow_nan=False)), schema)
     del results["methods"]["mgipt"]["metrics"]["dsc"]["interval"]
     with pytest.raises(jsonschema.ValidationError):

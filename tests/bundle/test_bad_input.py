@@ -37,11 +37,11 @@ BAD = {
     "b_constant.png": "constant",
     "c_corrupt.png": "cannot be read as an image",
     "d_empty.png": "is empty",
-    "e_grey.png": "1 channels where the network takes 3.*color_mode",
-    "f_rgba.png": "4 channels where the network takes 3",
+    "e_grey.png": "1 channels where the network expects 3.*color_mode",
+    "f_rgba.png": "4 channels where the network expects 3",
     "g_nan.nii.gz": "NaN or infinite",
     "h_truncated.jpg": "cannot be read as an image",
-    "i_volume.nii.gz": "3 spatial dimensions where the network takes 2",
+    "i_volume.nii.gz": "3 spatial dimensions where the network expects 2",
 }
 
 
@@ -101,7 +101,7 @@ def test_missing_masks_and_masks_that_do_not_fit_are_named(tmp_path: Path, site:
     done = run_bundle([INFERENCE, EVALUATE], check=False, dataset_dir=site, output_dir=tmp_path / "out", **QUICK)
     assert done.returncode != 0
     assert f"label file {site / 'masks' / 'eye_000.png'} does not exist" in done.stderr
-    assert "the mask is (2, 50, 64) where the prediction is (2, 64, 64)" in done.stderr
+    assert "the mask has shape (2, 50, 64) but the prediction (2, 64, 64)" in done.stderr
     assert "set mask_ranges and mask_background" in done.stderr
     assert load_state(tmp_path / "out" / "adaptation_state.pt")["adaptation"]["images_seen"] == 0
 

@@ -53,7 +53,7 @@ def test_without_a_file_the_error_says_how_to_make_one(tmp_path: Path, weights: 
     )
     assert done.returncode != 0
     assert "found 17 x InstanceNorm2d" in done.stderr
-    assert "bundle/configs/source_statistics.yaml" in done.stderr
+    assert "mgipt source-statistics SOURCE_IMAGES" in done.stderr
 
 
 def test_bad_source_image_ends_the_calibration_and_is_named(tmp_path: Path, weights: Path, demo_sites: Path) -> None:

@@ -149,12 +149,12 @@ def test_hippocampus_overlay_adapts_a_3d_network_and_gets_past_bad_files(tmp_pat
 
 BAD = {
     "b_thin.nii.gz": "an image of 12x14x5 is smaller than a prompt of side 7: use a larger image or smaller",
-    "c_time.nii.gz": "3 channels where the network takes 1: convert the file, or take it apart",
-    "d_vector.nii.gz": "4 spatial dimensions where the network takes 3",
+    "c_time.nii.gz": "3 channels where the network expects 1: convert the file, or split it",
+    "d_vector.nii.gz": "4 spatial dimensions where the network expects 3",
     "e_constant.nii.gz": "the image is constant, .* leave out the file",
-    "f_flat.nii.gz": "2 spatial dimensions where the network takes 3",
-    "g_photo.png": "2 spatial dimensions where the network takes 3",
-    "h_cut_off.nii.gz": "is cut off: copy it again",
+    "f_flat.nii.gz": "2 spatial dimensions where the network expects 3",
+    "g_photo.png": "2 spatial dimensions where the network expects 3",
+    "h_cut_off.nii.gz": "is truncated: copy it again",
 }
 
 

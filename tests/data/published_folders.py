@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Miniature folders of published data sets, as their owners distribute them."""
+"""Miniature folders of published datasets, as distributed by their owners."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEIGHT, WIDTH = 32, 48
 
 @dataclass
 class Case:
-    """What one image of a folder must become."""
+    """The expected result for one image of a folder."""
 
     site: str
     name: str
@@ -28,7 +28,7 @@ def photograph(seed: int, width: int = WIDTH) -> np.ndarray:
 
 
 def eye(row: int = 8, column: int = 16, width: int = WIDTH) -> np.ndarray:
-    """Return a disc of 16 x 16 with a cup of 8 x 8, on the blocks of JPEG."""
+    """Return a disc of 16 x 16 with a cup of 8 x 8, aligned with the blocks of JPEG."""
     mask = np.zeros((HEIGHT, width), dtype=np.uint8)
     mask[row : row + 16, column : column + 16] = 1
     mask[row : row + 8, column : column + 8] = 2
@@ -36,7 +36,7 @@ def eye(row: int = 8, column: int = 16, width: int = WIDTH) -> np.ndarray:
 
 
 def save(path: Path, pixels: np.ndarray) -> np.ndarray:
-    """Write an image and return what is read back from the file."""
+    """Write an image and return it as read from the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(
         path, **({"quality": 95, "subsampling": 0} if path.suffix in (".jpg", ".jpeg") else {})
@@ -111,7 +111,7 @@ def drishti_gs(root: Path) -> list[Case]:
         stem = f"drishtiGS_{seed:03d}"
         image = save(root / part / "Images" / f"{stem}.png", photograph(seed))
         mask = eye(column=seed)
-        # outside the wanted outline one expert of four, in it two to four
+        # one expert of four outside the expected outline, two to four inside
         votes = np.random.default_rng(seed).choice([128, 191, 255], mask.shape)
         for name, inside in (("ODsegSoftmap", mask > 0), ("cupsegSoftmap", mask > 1)):
             soft = np.where(inside, votes, 64).astype(np.uint8)
@@ -127,7 +127,7 @@ def preprocessed(root: Path) -> list[Case]:
         image = save(root / "pixels" / f"{stem}.png", photograph(seed))
         mask = eye(column=seed)
         coded = grey(mask)
-        coded[mask == 1] = 1 + np.arange(np.sum(mask == 1)) % 254  # anything between is the rim
+        coded[mask == 1] = 1 + np.arange(np.sum(mask == 1)) % 254  # anything in between is the rim
         save(root / "pixels" / f"{stem}.tif", coded)
         with (root / f"{table}.csv").open("a") as file:
             file.write("image,mask\n" * (file.tell() == 0) + f"pixels/{stem}.png,pixels/{stem}.tif\n")
@@ -147,7 +147,7 @@ def bkai(root: Path) -> list[Case]:
 
 
 def polyps(root: Path, site: str, images: str, masks: str) -> list[Case]:
-    """Write one frame; the two paths are relative, with the files' names."""
+    """Write one frame; both paths are relative and include the file names."""
     image = save(root / images, photograph(0))
     save(root / masks, black_and_white(eye() > 0))
     return [Case(site, Path(images).stem, image, (eye() > 0).astype(np.uint8))]

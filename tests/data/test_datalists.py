@@ -46,7 +46,7 @@ def test_csv_of_images_alone_is_one_site_of_the_files_name(tmp_path: Path) -> No
 
 
 def test_csv_as_spreadsheets_write_it(tmp_path: Path) -> None:
-    # a mark before the text, quotes, blanks after commas, a column of the user's, empty cells, an empty line
+    # byte order mark, quotes, spaces after commas, an additional column, empty cells, an empty line
     text = '"image", mask, age, site\r\n"a, b.png", m.png, 61, S\r\n\r\nc.png,,,\r\n'
     items = find_stream(csv_file(tmp_path, text, encoding="utf-8-sig"))
     assert items == [
@@ -96,7 +96,7 @@ def test_datalist_entry_without_image_is_an_error(tmp_path: Path) -> None:
 def test_written_datalist_is_read_back_to_the_same_items(
     place: str, labelled: bool, sites: Path, tmp_path: Path
 ) -> None:
-    # beside the sites' folders too, where a site's name is also the name of something in the list's folder
+    # also next to the site folders, where the name of a site is also a path in the folder of the list
     for items in (
         find_stream(sites, labelled=labelled),
         order_stream(find_stream(sites, labelled=labelled), "shuffled", rounds=2),

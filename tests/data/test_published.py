@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published data sets in their owners' folders become sites that the project reads."""
+"""Conversion of published datasets from their owners' folders to sites."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def assert_converted(cases: list[Case], out: Path) -> None:
-    """Compare all of an output folder with what was wanted, exactly."""
+    """Compare an output folder with the expected images and masks, exactly."""
     items = {item["name"]: item for item in find_stream(out, labelled=True)}
     assert set(items) == {f"{case.site}/{case.name}" for case in cases}
     for case in cases:
@@ -86,7 +86,7 @@ def test_origa_masks_from_matlab_files(folder: str, tmp_path: Path) -> None:
     image = save(tmp_path / "owner" / "images" / "013.jpg", photograph(0))
     (tmp_path / "owner" / folder).mkdir()
     savemat(tmp_path / "owner" / folder / "013.mat", {"mask": eye()})
-    save(tmp_path / "owner" / folder / "013.tif", eye())  # lies there too
+    save(tmp_path / "owner" / folder / "013.tif", eye())  # a file that must be ignored
     convert(LAYOUTS["origa"], tmp_path / "owner", tmp_path / "out")
     assert_converted([Case("origa", "013", image, eye())], tmp_path / "out")
 
@@ -105,7 +105,7 @@ def test_crop_is_centred_on_the_disc_and_the_same_for_image_and_mask(tmp_path: P
     convert(LAYOUTS["origa"], tmp_path / "owner", tmp_path / "out", crop=20)
     for kind, pixels_of in (("images", whole.image), ("masks", whole.mask)):
         assert np.array_equal(pixels(tmp_path / "out/origa" / kind / "001.png"), pixels_of[0:20, 14:34])
-    # larger than the image: a square as large as the image allows
+    # larger than the image: the largest square in the image
     convert(LAYOUTS["origa"], tmp_path / "owner", tmp_path / "out", crop=800)
     assert np.array_equal(pixels(tmp_path / "out/origa/images/001.png"), whole.image[:, 8:40])
 
@@ -151,8 +151,8 @@ def test_another_count_than_published_is_a_warning(tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         convert(LAYOUTS["refuge"], tmp_path / "owner", tmp_path / "out")
     assert [record.getMessage() for record in caplog.records] == [
-        f"refuge: 2 images in {tmp_path / 'owner'}, 400 are published",
-        f"refuge_valid_test: 2 images in {tmp_path / 'owner'}, 800 are published",
+        f"refuge: 2 images in {tmp_path / 'owner'}, but 400 are published",
+        f"refuge_valid_test: 2 images in {tmp_path / 'owner'}, but 800 are published",
     ]
 
 
@@ -174,7 +174,7 @@ def test_folder_without_the_data_set_is_told_what_is_expected(name: str, tmp_pat
         ("origa", "Masks", r"no image or mask below a folder Semi-automatic-annotations or manual marking in "),
         ("drishti_gs", "*_ODsegSoftmap.png", r"no image or mask named \(.+\)_ODsegSoftmap below a folder SoftMap in "),
         ("rim_one_r3", "Stereo Images", "no image or mask below a folder Stereo Images in "),
-        ("preprocessed", "*.tif", r"4 listed files are missing, .*V1.tif the first"),
+        ("preprocessed", "*.tif", r"4 listed files are missing, the first is .*V1.tif"),
         ("kvasir_seg", "masks", "no image or mask below a folder masks in "),
     ],
 )
@@ -200,7 +200,7 @@ def test_what_is_missing_is_named(name: str, gone: str, message: str, tmp_path: 
         ("origa", "001.png", eye(width=50), r"the mask has \(32, 50\) rows and columns, the image \(32, 48\)"),
         ("rim_one_dl", "r1_Im001-1-Cup-T.png", eye(width=50), r"disc's mask has \(48, 32\) .*, the cup's \(50, 32\)"),
         ("rim_one_r3", "N-1-L.jpg", photograph(0, width=20), "20 x 32 pixels are not two views side by side"),
-        ("kvasir_seg", "masks/cj.jpg", eye(), "the mask's highest value is 2, where polyps are 255"),
+        ("kvasir_seg", "masks/cj.jpg", eye(), "the mask's highest value is 2, but polyps are 255"),
         ("refuge", "V0001.bmp", b"not an image", r"V0001.jpg with mask V0001.bmp: cannot identify image file"),
     ],
 )
@@ -239,7 +239,7 @@ def test_output_folder_with_other_images_or_in_the_data_set_is_refused(tmp_path:
     with pytest.raises(ValueError, match=r"out/rimone_r3 has other images \(N-1-L.png\): choose another"):
         convert(LAYOUTS["rim_one_dl"], tmp_path / "dl", tmp_path / "out")
     assert files(tmp_path / "out") == before
-    with pytest.raises(ValueError, match="would be read as part of the data set"):
+    with pytest.raises(ValueError, match="would be read as part of the dataset"):
         convert(LAYOUTS["rim_one_dl"], tmp_path / "dl", tmp_path / "dl" / "out")
 
 
@@ -249,7 +249,7 @@ def test_output_folder_with_other_images_or_in_the_data_set_is_refused(tmp_path:
         ("origa", {"crop": 0}, "crop must be at least 1 pixel, got 0"),
         ("origa", {"size": -1}, "size must be at least 1 pixel, got -1"),
         ("kvasir_seg", {"crop": 800}, "crop is for optic discs, layout kvasir_seg has none"),
-        ("origa", {"crop": 10}, r"001.jpg: a crop of 10 pixels cuts the disc of 16: take a larger one"),
+        ("origa", {"crop": 10}, r"001.jpg: a crop of 10 pixels cuts off the disc of 16: use a larger one"),
     ],
 )
 def test_wrong_arguments_are_named(name: str, options: dict, message: str, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_command_converts_and_prints_a_line_for_each_site(tmp_path: Path) -> Non
         f"rimone_r{i}: 1 images in {tmp_path / 'out' / f'rimone_r{i}'}" for i in (1, 2, 3)
     ]
     assert "rimone_r2: 1 images" in done.stderr
-    assert "250 are published" in done.stderr
+    assert "but 250 are published" in done.stderr
     convert(LAYOUTS["rim_one_dl"], tmp_path / "owner", tmp_path / "again", crop=24, size=12)
     assert files(tmp_path / "out") == files(tmp_path / "again")
 

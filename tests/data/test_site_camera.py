@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another camera for each site, whatever the order of the stream."""
+"""Another camera for each site, independent of the order of the stream."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_no_severity_changes_nothing() -> None:
 
 
 def test_a_site_has_one_camera_and_sites_by_seed_another() -> None:
-    # their noise apart, two photographs of a site differ less than those of two sites with different cameras
+    # apart from noise, two photographs of a site differ less than those of two sites with different cameras
     camera = SiteCamerad("image")
     shown = {name: camera(eye(name, "north"))["image"] for name in ("a", "b")}
     assert not torch.equal(shown["a"], shown["b"])

@@ -12,7 +12,7 @@ ORDERS = ("sites", "shuffled", "gradual")
 
 
 def items(*counts: int) -> list[dict]:
-    """Sites A, B, C... of so many images."""
+    """Return sites A, B, C... with these numbers of images."""
     return [{"site": s, "name": f"{s}/{i}"} for s, n in zip("ABCDE", counts, strict=False) for i in range(n)]
 
 
@@ -53,7 +53,7 @@ def test_seed_and_round_choose_the_mix(order: str) -> None:
     assert names(stream[:60]) != names(order_stream(given, order, seed=8))
     first, second = stream[:60], stream[60:]
     assert [name.removeprefix("round_2/") for name in names(second)] != names(first)
-    # a round does not depend on how many there are
+    # a round does not depend on the number of rounds
     assert first == order_stream(given, order, seed=7)
 
 
@@ -66,7 +66,7 @@ def test_shuffled_mixes_the_sites_evenly() -> None:
 def test_gradual_with_hardly_any_blend_is_site_after_site() -> None:
     given = items(4, 7, 1)
     assert order_stream(given, "gradual", blend=1e-6) == order_stream(given)
-    # also where the list goes from site to site: the first image says which is first
+    # also if the list alternates between sites: sites are ordered by their first image
     mixed = [given[i] for i in (4, 0, 5, 1)]
     assert names(order_stream(mixed, "gradual", blend=1e-6)) == ["B/0", "B/1", "A/0", "A/1"]
 
@@ -80,7 +80,7 @@ def test_share_of_the_next_site_rises_linearly_around_the_border(blend: float) -
     shares = of_b[count - reach : count + reach].reshape(10, -1).mean(axis=1)
     np.testing.assert_allclose(shares, (np.arange(10) + 0.5) / 10, atol=0.05)
     assert (np.diff(shares) > 0).all()
-    # before and after it the stream is pure, but for the rounding of random draws
+    # before and after it the stream is pure, up to the rounding of random draws
     assert of_b[: int(count - 1.1 * reach)].sum() == 0
     assert of_b[int(count + 1.1 * reach) :].all()
 
@@ -97,7 +97,7 @@ def test_gradual_mixes_neighbours_alone_up_to_half_a_site() -> None:
 
 
 def test_image_stands_in_the_middle_of_its_stretch() -> None:
-    # so that a site of one image, which fills a whole stretch, can come after the first ones of the next site
+    # so that a site with one image, which spans a whole unit, can come after the first images of the next site
     firsts = [order_stream(items(1, 100), "gradual", seed=seed)[0]["site"] for seed in range(20)]
     assert set(firsts) == {"A", "B"}
 

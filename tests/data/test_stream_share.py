@@ -10,7 +10,7 @@ from mgipt_monai.data import order_stream, share_stream
 
 
 def items(*counts: int) -> list[dict]:
-    """Sites A, B, C... of so many images."""
+    """Return sites A, B, C... with these numbers of images."""
     return [
         {"site": site, "name": f"{site}/{i}", "image": f"{site}/{i}.png"}
         for site, count in zip("ABCDEFGH", counts, strict=False)
@@ -48,7 +48,7 @@ def test_one_process_gets_the_stream_as_it_is() -> None:
 
 def test_largest_site_goes_to_the_least_loaded_process() -> None:
     dealt = shares(items(2, 7, 3, 4, 2), 2, "site")
-    # 7 | 4, 3 | then 2 to each side that has least: 7 and 7 are equal, so the first one, then the second
+    # 7 | 4, 3 | then 2 to the smaller share: 7 and 7 are equal, so first the first, then the second
     assert [dict(Counter(item["site"] for item in share)) for share in dealt] == [
         {"A": 2, "B": 7},
         {"C": 3, "D": 4, "E": 2},
@@ -81,7 +81,7 @@ def test_image_of_several_files_is_one_case() -> None:
 @pytest.mark.parametrize(
     ("rank", "processes", "by", "message"),
     [
-        (0, 3, "site", "3 processes for 2 sites: take by='case', or start fewer processes"),
+        (0, 3, "site", "3 processes for 2 sites: use by='case', or start fewer processes"),
         (0, 6, "case", "6 processes for 5 cases: start fewer processes"),
         (0, 2, "patient", "share by one of site, case; got 'patient'"),
         (2, 2, "site", "rank must be from 0 to 1, got 2"),

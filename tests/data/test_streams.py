@@ -33,7 +33,7 @@ def test_images_folder_with_masks_beside_it(tmp_path: Path) -> None:
     assert names(items) == ["a", "b"]
     assert items[0]["site"] == tmp_path.name
     assert items[0]["label"] == str(tmp_path / "masks" / "a.png")
-    assert items[1]["label"] == str(tmp_path / "masks" / "b.png")  # missing: found out when its turn comes
+    assert items[1]["label"] == str(tmp_path / "masks" / "b.png")  # missing: reported when it is loaded
 
 
 def test_site_folders_come_in_alphabetical_or_the_wanted_order(tmp_path: Path) -> None:

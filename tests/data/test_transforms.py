@@ -35,9 +35,9 @@ def test_mask_of_several_channels_is_refused() -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.rand(1, 8, 8), "1 channels where the network takes 3.*color_mode"),
+        (torch.rand(1, 8, 8), "1 channels where the network expects 3.*color_mode"),
         (torch.rand(4, 8, 8), "4 channels"),
-        (torch.rand(3, 8, 8, 8), "3 spatial dimensions where the network takes 2"),
+        (torch.rand(3, 8, 8, 8), "3 spatial dimensions where the network expects 2"),
         (torch.zeros(3, 8, 8), "constant"),
         (torch.full((3, 8, 8), float("inf")), "infinite"),
     ],

@@ -14,8 +14,7 @@ from torch import nn
 
 from mgipt_monai import MGIPT, AdaptiveInferer, Source
 from mgipt_monai.methods import Guard
-from mgipt_monai.methods.guard.guard import THRESHOLDS
-from mgipt_monai.methods.guard.guard import area_change
+from mgipt_monai.methods.guard.guard import THRESHOLDS, area_change
 from mgipt_monai.networks import measure_source_statistics
 from tests.conftest import MixedNet, assert_batch_equals_one_by_one, same_state, stream, tiny_network
 

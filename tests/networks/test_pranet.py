@@ -111,9 +111,15 @@ def test_monai_trainer_takes_a_step_on_the_papers_loss(fresh: PraNet) -> None:
     # MONAI has taken the batch apart: per image a list of the four outputs, and the loss of the batch
     of_images = [sum(plain(output[None], mask[None]) for output in row["pred"]) for row in trainer.state.output]
     assert trainer.state.output[0]["loss"] == pytest.approx(sum(of_images).item() / 2)
-    after = snapshot(fresh)
-    still = [key for key in before if torch.equal(before[key], after[key])]
-    assert still == ["resnet.fc.weight", "resnet.fc.bias"]  # the ImageNet classifier
+    # a step may be too small for a weight's rounding, but each weight has its gradient, and the optimiser took it
+    unused = [name for name, weight in fresh.named_parameters() if weight.grad is None]
+    assert unused == ["resnet.fc.weight", "resnet.fc.bias"]  # the ImageNet classifier
+    for name, weight in fresh.named_parameters():
+        if name not in unused:
+            assert weight.grad.isfinite().all()
+            torch.testing.assert_close(weight.detach(), before[name] - 1e-3 * weight.grad)
+    moved = sum(not torch.equal(weight, before[name]) for name, weight in fresh.named_parameters())
+    assert moved > 100
 
 
 def test_monai_inferers_take_it_as_any_network(filled: PraNet) -> None:

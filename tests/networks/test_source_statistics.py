@@ -31,9 +31,7 @@ def expected_statistics(features: Tensor) -> dict[str, Tensor]:
     means, stds = flat.mean(dim=2), flat.std(dim=2)
     return {
         "mean": means.mean(dim=0),
-        "mean_spread": means.std(dim=0),
         "std": stds.mean(dim=0),
-        "std_spread": stds.std(dim=0),
     }
 
 
@@ -118,14 +116,6 @@ def test_bad_source_image_is_named_by_its_file() -> None:
         measure_source_statistics(MixedNet(), [{"image": batch}])
 
 
-def test_spread_of_a_single_image_is_zero() -> None:
-    statistics = measure_source_statistics(MixedNet(), stream(1))
-    for layer in statistics.layers.values():
-        assert not torch.any(layer.mean_spread)
-        assert not torch.any(layer.std_spread)
-        assert torch.all(layer.std > 0)
-
-
 @pytest.mark.parametrize("stop", [False, True])
 def test_network_is_as_it_was_even_after_an_error(stop: bool) -> None:
     network = MixedNet().train()
@@ -200,17 +190,17 @@ def test_other_weights_are_refused_with_the_command_that_helps() -> None:
     statistics = measure_source_statistics(network, stream(1))
     statistics.check(copy.deepcopy(network))
     network.head.bias.data[0] += 1
-    with pytest.raises(ValueError, match=f"the statistics were made for other weights than this MixedNet.*{MEASURE}"):
+    with pytest.raises(ValueError, match=f"were measured with other weights than this MixedNet.*{MEASURE}"):
         statistics.check(network)
 
 
 def test_refused_statistics_are_named_by_their_file(tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
     measure_source_statistics(MixedNet(), stream(1)).save(path)
-    with pytest.raises(ValueError, match=rf"the statistics in {path} were made for other weights"):
+    with pytest.raises(ValueError, match=rf"the statistics in {path} were measured with other weights"):
         SourceStatistics.load(path).check(MixedNet(seed=1))
     with pytest.raises(
-        ValueError, match=rf"the statistics in {path} were made for another network, .* has no layer inst"
+        ValueError, match=rf"the statistics in {path} were measured in another network, .* has no layer inst"
     ):
         MGIPT(tiny_network(), statistics=path)
 
@@ -248,4 +238,26 @@ def test_file_that_is_absent_broken_or_code_is_refused_with_its_name(tmp_path: P
         SourceStatistics.load(path)
     torch.save(MixedNet(), path)
     with pytest.raises(ValueError, match="not a readable statistics file"):
+        SourceStatistics.load(path)
+
+
+def test_file_of_version_0_1_with_the_images_spread_is_read(tmp_path: Path) -> None:
+    statistics = measure_source_statistics(MixedNet(), stream(2))
+    statistics.save(tmp_path / "new.pt")
+    content = torch.load(tmp_path / "new.pt", weights_only=True)
+    for layer in content["layers"].values():
+        layer |= {"mean_spread": layer["mean"] * 0, "std_spread": layer["std"] * 0}
+    torch.save(content, tmp_path / "old.pt")
+    read = SourceStatistics.load(tmp_path / "old.pt")
+    assert all(identical(vars(read.layers[name]), vars(layer)) for name, layer in statistics.layers.items())
+
+
+def test_flipped_bit_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.pt"
+    measure_source_statistics(MixedNet(), stream(2)).save(path)
+    content = bytearray(path.read_bytes())
+    value = torch.load(path, weights_only=True)["layers"]["group"]["mean"].numpy().tobytes()
+    content[content.index(value) + 1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"not a readable statistics file \(.* is damaged\)"):
         SourceStatistics.load(path)

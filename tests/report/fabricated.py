@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A benchmark folder with made-up numbers, as small as a test wants it."""
+"""A small benchmark folder with made-up numbers."""
 
 from __future__ import annotations
 

@@ -9,11 +9,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mgipt_monai.report.chart_style import method_styles
-from mgipt_monai.report.charts import charts_of
+from mgipt_monai.report.charts import Block, blocks_of, charts_of, method_styles, prompt_chart, running_mean
 from mgipt_monai.report.folder import BenchmarkFolder
-from mgipt_monai.report.prompt_maps import prompt_chart
-from mgipt_monai.report.stream_chart import Block, blocks_of, running_mean
 from tests.report.fabricated import fabricate
 
 

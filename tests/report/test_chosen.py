@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mgipt_monai.report.chosen import chosen_images
+from mgipt_monai.report.examples import chosen_images
 from mgipt_monai.report.folder import BenchmarkFolder
 from mgipt_monai.report.pictures import ADAPTED, INPUT, MASK, picture_path
 from tests.report.fabricated import fabricate

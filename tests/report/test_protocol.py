@@ -93,7 +93,7 @@ def test_tables_are_written_and_printed_and_failures_named(tmp_path: Path, capsy
     assert printed.strip() == (folder / "table.md").read_text().strip()
     assert "DSC, %, by source site:" in printed
     assert "- A: 2 images of B\n" in printed
-    assert "- B: 2 images of B, 1 of them failed with a method and left out of all" in printed
+    assert "- B: 2 images of B, 1 of them failed with a method and excluded for all" in printed
     with (folder / "table.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["metric", "method", "A", "B", "mean", "published"]

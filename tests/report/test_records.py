@@ -60,13 +60,13 @@ def test_steady_stream_has_no_alerts() -> None:
         ([failed(i) for i in range(120, 122)], "2 of the latest 20 images failed"),
         (
             [row(i, decision="unadapted") for i in range(120, 125)],
-            "the guard fell back for 25 % of the latest 20 images, for 0 % of the 100 before",
+            "the guard fell back for 25 % of the latest 20 images, 0 % of the 100 before",
         ),
         (
             [row(i, loss_before=9.0) for i in range(120, 140)],
             "standard deviations above that of the 120 before: another scanner, or other images?",
         ),
-        ([row(120, prompt_norm=16.5)], "prompts are 16.5 from ones: a roll-back or a new stream may do better"),
+        ([row(120, prompt_norm=16.5)], "prompts are 16.5 from ones: consider a rollback or a new stream"),
         ([row(150)], "no image for 1.3 days after 2026-02-04 07:00 UTC"),
     ],
 )
@@ -80,14 +80,14 @@ def test_changes_below_the_limits_are_no_alerts() -> None:
     assert alerts([*rows, row(124, prompt_norm=15.9), row(147)]) == []
 
 
-def test_few_images_are_not_held_against_others() -> None:
+def test_few_images_are_not_compared_with_others() -> None:
     assert alerts([row(i, decision="unadapted", loss_before=float(i + 1)) for i in range(30)]) == []
 
 
 def test_many_gaps_are_counted() -> None:
     found = alerts([row(i + 100 * (i // 10)) for i in range(80)])
     assert len(found) == 6
-    assert found[-1] == "2 more such gaps before these"
+    assert found[-1] == "2 more such gaps before those"
 
 
 def test_unreadable_lines_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's photographs: synthetic eyes, and the cameras that take them."""
+"""Photographs of the demo: synthetic eyes, and the cameras that photograph them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fundus cameras as parametric image shifts: colour response, tone, haze, vignetting, blur and noise.
 
-The shifts are plain image arithmetic, so they may be applied to real photographs as well as to the synthetic eyes.
+The shifts are plain image arithmetic, so they also apply to real photographs.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ _SPREAD = {"gamma": 0.05, "contrast": 0.03, "offset": 0.10, "vignetting": 0.10, 
 
 @dataclass(frozen=True)
 class Camera:
-    """One camera's look; the defaults are the identity camera, which changes nothing.
+    """The look of a camera; the default settings leave an image unchanged.
 
-    The settings act in the order light meets them: `blur` (optics), `contrast` about mid grey and `offset` (haze),
-    `vignetting`, `gain` (sensor colours), `gamma` (tone curve), `noise`.
+    The settings are applied in the order of the light path: `blur` (optics), `contrast` about mid grey and `offset`
+    (haze), `vignetting`, `gain` (sensor colours), `gamma` (tone curve), `noise`.
 
     Args:
-        name: the camera's name; also the name of its site's folder.
-        gain: factors on red, green and blue, each positive. An image of one channel takes their mean; one of any
-            other number of channels takes them in turn.
+        name: name of the camera and of the folder of its site.
+        gain: factors on red, green and blue, each positive. For one channel their mean is used; for other numbers of
+            channels they are repeated.
         gamma: exponent of the tone curve, in [0.1, 10]; above 1 darkens.
         contrast: factor on the distance from mid grey (0.5), in [0.01, 10]; below 1 flattens.
         offset: light added everywhere, in [-1, 1]; above 0 is haze.
-        vignetting: share of the light lost at the image's corners, in [0, 1].
-        blur: deviation of the Gaussian blur as a share of the shorter image side, in [0, 0.1].
-        noise: deviation of the additive Gaussian noise, in [0, 1].
+        vignetting: fraction of the light lost at the image's corners, in [0, 1].
+        blur: standard deviation of the Gaussian blur as a fraction of the shorter image side, in [0, 0.1].
+        noise: standard deviation of the additive Gaussian noise, in [0, 1].
 
     Raises:
         ValueError: if a setting is out of its range; the message names the setting and a valid choice.
@@ -64,14 +64,14 @@ class Camera:
     noise: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check every setting; a camera that exists is usable."""
+        """Check all settings."""
         if not self.name or self.name in {".", ".."} or any(c in self.name for c in "/\\"):
             raise ValueError(f"camera name is {self.name!r}; give one without slashes, as it names a folder")
         if len(self.gain) != 3 or not all(np.isfinite(g) and g > 0 for g in self.gain):
             raise ValueError(f"gain is {self.gain}; give three positive factors (red, green, blue), 1.0 for no change")
         for key, (low, high) in _LIMITS.items():
             value = getattr(self, key)
-            if not low <= value <= high:  # also refuses nan
+            if not low <= value <= high:  # also catches nan
                 raise ValueError(f"{key} is {value}; give a number from {low} to {high}")
 
     def __call__(self, image: np.ndarray, seed: int) -> np.ndarray:
@@ -102,10 +102,10 @@ class Camera:
         return np.clip(out, 0, 1).astype(np.float32)
 
     def scaled(self, severity: float) -> Camera:
-        """Return this camera's shift at a severity in [0, 1]: 0 is the identity, 1 is this camera.
+        """Return this camera at a severity in [0, 1]: 0 is no shift, 1 is this camera.
 
-        `gain`, `gamma` and `contrast` are factors and grow geometrically; the other settings grow linearly. The name
-        stays, so that a demo site keeps the same eyes at every severity.
+        `gain`, `gamma` and `contrast` are factors and scale geometrically; the other settings scale linearly. The name
+        is kept, so that a demo site has the same eyes at every severity.
 
         Raises:
             ValueError: if `severity` is outside [0, 1].
@@ -113,29 +113,34 @@ class Camera:
         if not 0 <= severity <= 1:
             raise ValueError(f"severity is {severity}; give a number from 0 (no shift) to 1 (this camera)")
         if severity == 1:
-            return self  # not recomputed: powers and products would round
+            return self  # avoids rounding
+        red, green, blue = (g**severity for g in self.gain)
+        scaled: dict[str, Any] = {
+            key: getattr(self, key) * severity for key in ("offset", "vignetting", "blur", "noise")
+        }
         return replace(
             self,
-            gain=tuple(g**severity for g in self.gain),
+            gain=(red, green, blue),
             gamma=self.gamma**severity,
             contrast=self.contrast**severity,
-            **{key: getattr(self, key) * severity for key in ("offset", "vignetting", "blur", "noise")},
+            **scaled,
         )
 
     def jittered(self, seed: int) -> Camera:
-        """Return this camera as set for one photograph: a site is not one fixed setting.
+        """Return this camera with the settings of one photograph, as they vary within a site.
 
-        Each of the eight numbers is multiplied by its own log-normal factor with a deviation of 3 % for `gain` and
-        `contrast`, 5 % for `gamma` and 10 % for the rest, so that what is 0 stays 0.
+        Each of the eight numbers is multiplied by its own log-normal factor with a standard deviation of 3 % for `gain`
+        and `contrast`, 5 % for `gamma` and 10 % for the rest. Zeros stay zero.
         """
         rng = np.random.default_rng(seed)
-        gain = tuple(float(g * f) for g, f in zip(self.gain, np.exp(rng.normal(0, 0.03, 3)), strict=True))
+        red, green, blue = (float(g * f) for g, f in zip(self.gain, np.exp(rng.normal(0, 0.03, 3)), strict=True))
         varied = {key: float(getattr(self, key) * np.exp(rng.normal(0, spread))) for key, spread in _SPREAD.items()}
-        return replace(self, gain=gain, **{key: float(np.clip(v, *_LIMITS[key])) for key, v in varied.items()})
+        clipped: dict[str, Any] = {key: float(np.clip(value, *_LIMITS[key])) for key, value in varied.items()}
+        return replace(self, gain=(red, green, blue), **clipped)
 
 
 def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
-    """Blur (H, W, C) with a Gaussian of `sigma` pixels, repeating the edge: zeros would darken the border."""
+    """Blur (H, W, C) with a Gaussian of `sigma` pixels, repeating the edge (zeros would darken the border)."""
     if sigma < 1e-3:
         return image
     kernel = gaussian_1d(torch.tensor(sigma), truncated=4.0, normalize=True)
@@ -143,8 +148,8 @@ def _blurred(image: np.ndarray, sigma: float) -> np.ndarray:
     return separable_filtering(planes, [kernel, kernel], mode="replicate")[0].numpy().transpose(1, 2, 0)
 
 
-# "source" is a good modern camera; the other three stand for sites the model never saw. Their shifts are of the slow,
-# low-frequency kind (colour balance, tone, haze, falloff) that a change of camera brings.
+# "source" is a good modern camera; the other three are sites that the model has not seen. Their shifts are mostly
+# low-frequency (colour balance, tone, haze, falloff), as with a change of camera.
 CAMERAS: dict[str, Camera] = {
     camera.name: camera
     for camera in (
@@ -159,15 +164,15 @@ CAMERAS: dict[str, Camera] = {
 
 
 class SiteCamerad(MapTransform):
-    """Show photographs through one of the demo's cameras, the same for all images of a site.
+    """Apply one of the demo's cameras to photographs, the same for all images of a site.
 
-    Which camera a site has follows from (seed, ``site``), and how it is set for an image from the image's ``name``, so
-    that neither depends on the order of the stream. Where things are in an image does not change, nor does its mask.
+    The camera depends on (seed, ``site``) and its settings for an image on the image's ``name``, so neither depends on
+    the order of the stream. The geometry of an image does not change, so its mask stays valid.
 
     Args:
         keys: photographs (C, H, W) in [0, 1].
-        severity: in [0, 1]; 0 leaves them as they are, 1 is the camera in full.
-        seed: of the choice of cameras.
+        severity: in [0, 1]; 0 leaves the images unchanged, 1 applies the camera in full.
+        seed: seed of the choice of cameras.
 
     Raises:
         ValueError: if ``severity`` is outside [0, 1].
@@ -185,7 +190,7 @@ class SiteCamerad(MapTransform):
         self.severity, self.seed = severity, seed
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Show each key's photograph through its site's camera."""
+        """Apply the site's camera to the photograph of each key."""
         if self.severity == 0:
             return dict(data)
         camera = self.cameras[(zlib.crc32(str(data["site"]).encode()) + self.seed) % len(self.cameras)]
@@ -193,7 +198,7 @@ class SiteCamerad(MapTransform):
         result = dict(data)
         for key in self.keys:
             image = data[key]
-            seen = camera.jittered(image_seed)(np.moveaxis(np.asarray(image, dtype=np.float32), 0, -1), image_seed)
-            seen = torch.from_numpy(np.ascontiguousarray(np.moveaxis(seen, -1, 0)))
-            result[key] = MetaTensor(seen).copy_meta_from(image) if isinstance(image, MetaTensor) else seen
+            pixels = camera.jittered(image_seed)(np.moveaxis(np.asarray(image, dtype=np.float32), 0, -1), image_seed)
+            shifted = torch.from_numpy(np.ascontiguousarray(np.moveaxis(pixels, -1, 0)))
+            result[key] = MetaTensor(shifted).copy_meta_from(image) if isinstance(image, MetaTensor) else shifted
         return result

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the demo's sites to disk: synthetic eyes photographed by several cameras, as PNG pairs.
+"""Write the sites of the demo to disk: synthetic eyes photographed by several cameras, as PNG pairs.
 
 Run as ``python -m mgipt_monai.data.demo.stream --folder demo --cameras source,low_contrast --count 16``.
 """
@@ -19,15 +19,15 @@ from mgipt_monai.data.demo.fundus import fundus_scene
 
 
 def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, size: int = 128) -> list[dict[str, str]]:
-    """Write one site: `count` different eyes seen by one camera, each photograph with slightly varied settings.
+    """Write one site: `count` different eyes photographed by one camera with slightly varying settings.
 
     Writes ``<folder>/<camera.name>/images/eye_000.png`` (8-bit RGB) and ``.../masks/eye_000.png`` (8-bit grey, coded
-    0 background, 1 disc rim, 2 cup). The same arguments write the same bytes; cameras of different names see
-    different eyes.
+    0 background, 1 disc rim, 2 cup). The same arguments give the same bytes; cameras with different names
+    photograph different eyes.
 
     Args:
-        folder: parent folder, created if missing; files of the same names are replaced.
-        camera: the site's camera; its name is the site's name.
+        folder: parent folder, created if missing; existing files are overwritten.
+        camera: camera of the site; the site has its name.
         count: number of eyes, at least 1.
         seed: non-negative integer.
         size: side of the square images in pixels.
@@ -54,7 +54,7 @@ def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, s
         (site / kind).mkdir(parents=True, exist_ok=True)
     items = []
     for index in range(count):
-        # crc32 and not hash(), which python salts anew in every process
+        # crc32 instead of hash(), which differs between processes
         sequence = np.random.SeedSequence([seed, zlib.crc32(camera.name.encode()), index])
         eye, settings, noise = (int(word) for word in sequence.generate_state(3))
         scene, mask = fundus_scene(eye, size)
@@ -69,37 +69,37 @@ def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, s
 def write_demo_stream(
     folder: str | Path, cameras: Sequence[Camera], count: int, seed: int = 0, size: int = 128
 ) -> list[dict[str, str]]:
-    """Write several sites, one after the other, and return their joined datalist in stream order.
+    """Write several sites and return their joint datalist in stream order.
 
     Args:
         folder: parent folder of the sites.
-        cameras: the sites' cameras in the order the stream visits them.
+        cameras: cameras of the sites, in stream order.
         count: number of eyes for each site.
         seed: non-negative integer.
         size: side of the square images in pixels.
 
     Raises:
-        ValueError: if two cameras share a name, as they would write over each other, or as in `write_demo_site`.
+        ValueError: if two cameras have the same name, or as in `write_demo_site`.
     """
     names = [camera.name for camera in cameras]
     if len(set(names)) < len(names):
-        raise ValueError(f"camera names are {names}; give each camera its own name, as it names the site's folder")
+        raise ValueError(f"camera names are {names}; give each camera its own name, which is that of the site folder")
     return [item for camera in cameras for item in write_demo_site(folder, camera, count, seed, size)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write a demo stream as told on the command line and print one line for each site."""
+    """Write a demo stream with the command-line options and print one line per site."""
     parser = argparse.ArgumentParser(description="Write synthetic fundus sites (images and masks) for the demo.")
-    parser.add_argument("--folder", required=True, help="where to write; created if missing")
+    parser.add_argument("--folder", required=True, help="folder to write to; created if missing")
     parser.add_argument("--cameras", default=",".join(CAMERAS), help="comma-separated, from: %(default)s")
-    parser.add_argument("--count", type=int, default=16, help="eyes for each camera (default %(default)s)")
+    parser.add_argument("--count", type=int, default=16, help="eyes per camera (default %(default)s)")
     parser.add_argument("--size", type=int, default=128, help="image side in pixels (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="names the whole stream (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the stream (default %(default)s)")
     options = parser.parse_args(arguments)
     names = [name.strip() for name in options.cameras.split(",")]
     unknown = [name for name in names if name not in CAMERAS]
     if unknown:
-        parser.error(f"no camera is named {', '.join(map(repr, unknown))}; choose from {', '.join(CAMERAS)}")
+        parser.error(f"there is no camera {', '.join(map(repr, unknown))}; choose from {', '.join(CAMERAS)}")
     try:
         write_demo_stream(options.folder, [CAMERAS[n] for n in names], options.count, options.seed, options.size)
     except (ValueError, OSError) as error:

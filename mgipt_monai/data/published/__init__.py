@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published data sets, turned from the folders that their owners distribute into the project's own layout.
+"""Converts published datasets from the folders that their owners distribute to the layout of this project.
 
 Run as ``python -m mgipt_monai.data.published LAYOUT FOLDER --output_dir OUT``. Nothing is downloaded.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write a published data set in the layout that the rest of the project reads."""
+"""Convert a published dataset to the layout of this project."""
 
 from __future__ import annotations
 
@@ -24,42 +24,42 @@ __all__ = ["convert"]
 
 def convert(
     layout: Layout,
-    folder: str | os.PathLike,
-    output_dir: str | os.PathLike,
+    folder: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
     crop: int | None = None,
     size: int | None = None,
     site: str | None = None,
 ) -> dict[str, int]:
-    """Write ``<site>/images/<name>.png`` and ``<site>/masks/<name>.png``, which ``find_stream(output_dir)`` reads.
+    """Write ``<site>/images/<name>.png`` and ``<site>/masks/<name>.png``, as ``find_stream(output_dir)`` reads them.
 
-    Masks hold class indices: 0 background, 1 disc rim, 2 cup, or 0 and 1 for polyps. ``<site>.json`` is the site's
-    datalist; where the owner divides the site, there is ``<site>_<part>.json`` for each part instead. Lists are sorted
-    by name, or in the order of the CSV list that they come from. Images are taken one at a time; the same folder gives
-    the same bytes.
+    Masks hold class indices: 0 background, 1 disc rim, 2 cup, or 0 and 1 for polyps. ``<site>.json`` is the datalist of
+    a site; if the owner splits the site, there is ``<site>_<split>.json`` for each split instead. Lists are sorted by
+    name, or in the order of the original CSV list. Images are processed one at a time; the same folder gives the same
+    bytes.
 
     Args:
         layout: one of :data:`mgipt_monai.data.published.LAYOUTS`.
-        folder: the data set as its owner distributes it, unpacked.
-        output_dir: where to write; data sets may share it.
-        crop: side in pixels of a square round the optic disc; None takes the whole image.
-        size: side in pixels that image and mask are resized to; None leaves them as they are.
-        site: name for the site, where the layout gives one; None takes the layout's.
+        folder: the dataset as distributed by its owner, unpacked.
+        output_dir: folder to write to; datasets may share it.
+        crop: side in pixels of a square around the optic disc; None keeps the whole image.
+        size: side in pixels to which image and mask are resized; None keeps their size.
+        site: name of the site, for a layout with a single site; None uses that of the layout.
 
     Returns:
         The number of images of each site.
 
     Raises:
-        FileNotFoundError: naming what is missing in the folder, and what the layout expects.
-        ValueError: for wrong arguments, an output folder with other images, or a file that is not as published.
+        FileNotFoundError: if files are missing in the folder; names them and what the layout expects.
+        ValueError: if an argument is invalid, the output folder has other images, or a file is not as published.
     """
     for option, value in (("crop", crop), ("size", size)):
         if value is not None and value < 1:
             raise ValueError(f"{option} must be at least 1 pixel, got {value}")
     if crop and not layout.has_disc:
-        raise ValueError(f"crop is for optic discs, layout {layout.name} has none: leave it out")
+        raise ValueError(f"crop is for optic discs, layout {layout.name} has none: omit it")
     out = Path(output_dir)
     if out.resolve().is_relative_to(Path(folder).resolve()):
-        raise ValueError(f"{out} lies in {folder}, where it would be read as part of the data set: choose another")
+        raise ValueError(f"{out} is inside {folder} and would be read as part of the dataset: choose another")
     samples = _rename(layout.samples(Path(folder)), site)
     counts = Counter(sorted(sample.site for sample in samples))
     for of_site in counts:
@@ -68,8 +68,8 @@ def convert(
             raise ValueError(f"{out / of_site} has other images ({min(others)}): choose another output_dir or site")
     for sample in samples:
         _write(layout, sample, out / sample.site, crop, size)
-    for part in dict.fromkeys(_part(sample) for sample in samples):
-        write_datalist([_item(sample, out) for sample in samples if _part(sample) == part], out / f"{part}.json")
+    for name in dict.fromkeys(_list_name(sample) for sample in samples):
+        write_datalist([_item(sample, out) for sample in samples if _list_name(sample) == name], out / f"{name}.json")
     return dict(counts)
 
 
@@ -78,7 +78,7 @@ def _rename(samples: Sequence[Sample], site: str | None) -> list[Sample]:
         return list(samples)
     sites = sorted({sample.site for sample in samples})
     if len(sites) > 1:
-        raise ValueError(f"site {site} cannot name the {len(sites)} sites {', '.join(sites)}: leave it out")
+        raise ValueError(f"site {site} cannot name the {len(sites)} sites {', '.join(sites)}: omit it")
     return [replace(sample, site=site) for sample in samples]
 
 
@@ -97,7 +97,7 @@ def _write(layout: Layout, sample: Sample, folder: Path, crop: int | None, size:
             Image.fromarray(np.ascontiguousarray(pixels)).save(part)
 
 
-def _part(sample: Sample) -> str:
+def _list_name(sample: Sample) -> str:
     return f"{sample.site}_{sample.split}" if sample.split else sample.site
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cut a square round the optic disc, and resize image and mask alike."""
+"""Crop a square around the optic disc, and resize image and mask."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ __all__ = ["disc_window", "resize"]
 
 
 def disc_window(mask: np.ndarray, side: int) -> tuple[slice, slice]:
-    """Find the square whose centre is that of the disc's bounding box.
+    """Return a square centred on the bounding box of the disc.
 
-    At the border it is shifted inward, so that it holds nothing but the photograph; of an image that is smaller than
-    the square, it is as large as the image's shorter side.
+    At the border it is shifted to stay inside the image. If the image is smaller than the square, the side is the
+    image's shorter side.
 
     Args:
         mask: (H, W), above 0 in the disc.
-        side: of the square, in pixels.
+        side: side of the square in pixels.
 
     Returns:
         Rows and columns.
@@ -37,14 +37,14 @@ def disc_window(mask: np.ndarray, side: int) -> tuple[slice, slice]:
         inside = np.flatnonzero(mask.any(axis=1 - axis))
         first, end = int(inside[0]), int(inside[-1]) + 1
         if end - first > side:
-            raise ValueError(f"a crop of {side} pixels cuts the disc of {end - first}: take a larger one")
+            raise ValueError(f"a crop of {side} pixels cuts off the disc of {end - first}: use a larger one")
         start = min(max((first + end - side) // 2, 0), length - side)
         window.append(slice(start, start + side))
     return window[0], window[1]
 
 
 def resize(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Resize both to a square of ``size`` pixels: the image bilinear, smoothed where it shrinks, the mask nearest."""
+    """Resize both to ``size`` x ``size`` pixels: the image bilinear with antialiasing, the mask nearest-neighbour."""
     sides = (size, size)
-    shrunk = Image.fromarray(image).resize(sides, Image.Resampling.BILINEAR)
-    return np.asarray(shrunk), np.asarray(Image.fromarray(mask).resize(sides, Image.Resampling.NEAREST))
+    resized = Image.fromarray(image).resize(sides, Image.Resampling.BILINEAR)
+    return np.asarray(resized), np.asarray(Image.fromarray(mask).resize(sides, Image.Resampling.NEAREST))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drishti-GS, fundus photographs of the Aravind eye hospital, Madurai, each outlined by four experts."""
+"""Drishti-GS, fundus photographs of the Aravind Eye Hospital, Madurai, each outlined by four experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _find(root: Path) -> list[Sample]:
 
 
 def _decode(disc: Image.Image, cup: Image.Image) -> np.ndarray:
-    """Take what at least two experts outlined; a map's grey value is the share of the experts."""
+    """Decode the region outlined by at least two experts; the grey value of a map is the fraction of experts."""
     votes = [np.round(np.asarray(soft.convert("L")) * (EXPERTS / 255)) for soft in (disc, cup)]
     return disc_and_cup(*(count >= MAJORITY for count in votes))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Find the files of a data set below its folder, however deep its archives were unpacked, and pair them."""
+"""Find the files of a dataset at any depth below its folder, and pair images with masks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ __all__ = ["files_by_name", "folders_above", "pair"]
 def files_by_name(
     root: Path, under: Sequence[str], name: str = "(.+)", endings: Sequence[str] = IMAGE_ENDINGS
 ) -> dict[str, Path]:
-    """Find files below a folder of a given name, which may be at any depth.
+    """Find files below a folder of a given name at any depth.
 
     Args:
-        root: the data set's folder.
-        under: names of folders, in any case; the first one that has such files is taken.
-        name: pattern of the whole file name without its ending, in any case; its group is the key.
-        endings: of the file names, in lower case.
+        root: folder of the dataset.
+        under: folder names, case-insensitive; the first one with such files is used.
+        name: pattern of the whole file name without extension, case-insensitive; its group is the key.
+        endings: extensions of the files, in lower case.
 
     Returns:
         The files by the pattern's group.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if two files have one key.
+        ValueError: if two files have the same key.
 
     Example:
         >>> import tempfile
@@ -43,7 +43,7 @@ def files_by_name(
         found: dict[str, Path] = {}
         for path in paths:
             match = re.fullmatch(name, path.stem, re.IGNORECASE)
-            # archives made on a Mac have a file ._NAME beside each file
+            # archives created on a Mac have a file ._NAME for each file
             if not match or path.name.startswith(".") or folder.lower() not in folders_above(path, root):
                 continue
             other = found.setdefault(match[1], path)
@@ -56,25 +56,25 @@ def files_by_name(
 
 
 def folders_above(path: Path, root: Path) -> list[str]:
-    """Return the names of the folders between a file and its data set's folder, in lower case."""
+    """Return the names of the folders between a file and the folder of its dataset, in lower case."""
     return [part.lower() for part in path.relative_to(root).parts[:-1]]
 
 
 def pair(images: Mapping[str, Path], *masks: Mapping[str, Path]) -> Iterator[tuple[str, Path, tuple[Path, ...]]]:
-    """Give name, image and masks of each image, sorted by name.
+    """Return name, image and masks of each image, sorted by name.
 
     Raises:
-        FileNotFoundError: if an image lacks a mask or a mask its image, naming up to five of each.
+        FileNotFoundError: if an image has no mask or a mask no image; names up to five of each.
     """
-    bare = set(images) - set(images).intersection(*masks)
-    alone = set().union(*masks) - set(images)
-    lacking = [
+    without_mask = set(images) - set(images).intersection(*masks)
+    without_image = set[str]().union(*masks) - set(images)
+    unpaired = [
         f"{len(names)} {what} ({_some(names)})"
-        for names, what in ((bare, "images without a mask"), (alone, "masks without an image"))
+        for names, what in ((without_mask, "images without a mask"), (without_image, "masks without an image"))
         if names
     ]
-    if lacking:
-        raise FileNotFoundError(f"{' and '.join(lacking)}: add what is missing, or take its counterparts away")
+    if unpaired:
+        raise FileNotFoundError(f"{' and '.join(unpaired)}: add what is missing, or remove its counterparts")
     return ((name, images[name], tuple(of_kind[name] for of_kind in masks)) for name in sorted(images))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a published data set: how its folder looks, how its masks are coded, how many images it has."""
+"""Description of a published dataset: its folder structure, mask coding and number of images."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sample:
-    """One image of a data set.
+    """One image of a dataset.
 
     Args:
-        site: the site that it belongs to.
-        name: its name within the site, without an ending.
+        site: its site.
+        name: its name within the site, without extension.
         image: its file.
-        masks: the files of its mask, in the order that the layout decodes them.
-        split: the part of the site that the owner counts it to, such as ``train``; empty where there are no parts.
+        masks: the files of its mask, in the order of the arguments of the layout's ``decode``.
+        split: its split in the dataset, such as ``train``; empty if there are no splits.
     """
 
     site: str
@@ -40,16 +40,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Layout:
-    """One published data set.
+    """One published dataset.
 
     Args:
-        name: the layout's name on the command line.
-        expected: the folder that is expected, in words.
-        counts: per site the published number of images; sites that are not in it are not counted.
-        find: gives a folder's samples, or raises ``FileNotFoundError`` with what is missing.
-        decode: turns the opened files of a mask into class indices, uint8 (H, W).
+        name: name of the layout on the command line.
+        expected: the expected folder, in words.
+        counts: published number of images per site; other sites are not checked.
+        find: returns the samples of a folder, or raises ``FileNotFoundError`` with what is missing.
+        decode: converts the opened files of a mask to class indices, uint8 (H, W).
         has_disc: whether the masks are of optic disc and cup (0 background, 1 disc rim, 2 cup).
-        stereo: whether an image is two views side by side, the left one with a mask.
+        stereo: whether an image is two views side by side, of which the left one has a mask.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Layout:
     stereo: bool = False
 
     def samples(self, folder: Path) -> list[Sample]:
-        """Return the folder's samples; a count that differs from the published one is logged as a warning.
+        """Return the samples of a folder; a number that differs from the published one is logged as a warning.
 
         Raises:
-            FileNotFoundError: naming what is missing and the expected folder.
-            ValueError: if two files would get one name.
+            FileNotFoundError: if files are missing; names them and the expected folder.
+            ValueError: if two images have the same name.
         """
         try:
             if not folder.is_dir():
@@ -81,15 +81,15 @@ class Layout:
         here = Counter(sample.site for sample in found)
         for site, published in self.counts.items():
             if here[site] != published:
-                logger.warning("%s: %d images in %s, %d are published", site, here[site], folder, published)
+                logger.warning("%s: %d images in %s, but %d are published", site, here[site], folder, published)
         return found
 
     def read(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """Return the image, uint8 (H, W, 3), and its mask of class indices, uint8 (H, W).
 
         Raises:
-            ValueError: naming the file, if one cannot be read, image and mask differ in size, the coding is not the
-                data set's, or there is no disc where each mask has one.
+            ValueError: if a file cannot be read, image and mask differ in size, the coding is not that of the dataset,
+                or the disc is missing; names the file.
         """
         try:
             with Image.open(sample.image) as file:

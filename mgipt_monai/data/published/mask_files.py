@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How published masks are coded in their files, and how they become class indices."""
+"""Read the masks of published datasets and decode them to class indices."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_mask(path: Path) -> Image.Image:
 
 
 def disc_and_cup(disc: np.ndarray, cup: np.ndarray) -> np.ndarray:
-    """Join disc and cup, boolean (H, W), to 0 background, 1 disc rim, 2 cup. A cup ends where its disc ends.
+    """Merge disc and cup, boolean (H, W), into 0 background, 1 disc rim, 2 cup. The cup is clipped to the disc.
 
     Example:
         >>> disc_and_cup(np.array([[True, True, False]]), np.array([[False, True, True]]))
@@ -37,7 +37,7 @@ def disc_and_cup(disc: np.ndarray, cup: np.ndarray) -> np.ndarray:
 
 
 def two_masks(disc: Image.Image, cup: Image.Image) -> np.ndarray:
-    """Decode a file of the disc and one of the cup, in which all but black belongs to the structure.
+    """Decode a file of the disc and one of the cup, in which everything but black is the structure.
 
     Raises:
         ValueError: if they differ in size.
@@ -48,7 +48,7 @@ def two_masks(disc: Image.Image, cup: Image.Image) -> np.ndarray:
 
 
 def grey_disc_and_cup(mask: Image.Image) -> np.ndarray:
-    """Decode one file in which 0 is cup, 255 background, and all between disc rim.
+    """Decode one file in which 0 is cup, 255 background, and everything in between disc rim.
 
     Example:
         >>> grey_disc_and_cup(Image.fromarray(np.array([[0, 128, 255]], dtype=np.uint8)))

@@ -18,10 +18,10 @@ ANY = "(.+)"
 
 
 def _decode(mask: Image.Image) -> np.ndarray:
-    """Take what is bright in any colour: JPEG blurs the values, and colours tell kinds of polyps."""
+    """Decode everything bright in any colour: JPEG blurs the values, and colours code the kind of polyp."""
     brightest = np.asarray(mask.convert("RGB")).max(axis=2)
     if 0 < brightest.max() < 128:
-        raise ValueError(f"the mask's highest value is {brightest.max()}, where polyps are 255")
+        raise ValueError(f"the mask's highest value is {brightest.max()}, but polyps are 255")
     return (brightest > 127).astype(np.uint8)
 
 
@@ -52,7 +52,7 @@ CVC_CLINICDB = _polyps(
     612,
     ["Original"],
     ["Ground Truth", "GroundTruth"],
-    "a folder with Original/ and 'Ground Truth'/, files of the same names (of copies as PNG and as TIF give one)",
+    "a folder with Original/ and 'Ground Truth'/, files of the same names (give the folder of only PNG or TIF)",
 )
 ETIS_LARIB = _polyps(
     "etis_larib",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optic disc and cup of several sites in one folder, with a CSV list for each site or part of it."""
+"""Optic disc and cup of several sites in one folder, with a CSV list for each site or split."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def _find(root: Path) -> list[Sample]:
     if not samples:
         raise FileNotFoundError(f"no CSV list with images in {root}")
     if missing:
-        raise FileNotFoundError(f"{len(missing)} listed files are missing, {missing[0]} the first")
+        raise FileNotFoundError(f"{len(missing)} listed files are missing, the first is {missing[0]}")
     return samples
 
 
 PREPROCESSED = Layout(
     name="preprocessed",
     expected="a folder with lists SITE_train.csv, SITE_test.csv or SITE.csv of columns image,mask; "
-    "masks are 0 cup, 255 background, anything between disc rim",
+    "masks are 0 cup, 255 background, anything in between disc rim",
     counts={},
     find=_find,
     decode=grey_disc_and_cup,

@@ -12,8 +12,8 @@ from .mask_files import grey_disc_and_cup
 
 __all__ = ["REFUGE"]
 
-# by the first letter of the file: glaucoma and not, validation, test
-PARTS = {
+# site and split by the first letter of the file: glaucoma, no glaucoma, validation, test
+SITES_AND_SPLITS = {
     "g": ("refuge", ""),
     "n": ("refuge", ""),
     "v": ("refuge_valid_test", "valid"),
@@ -36,7 +36,7 @@ def _find(root: Path) -> list[Sample]:
     masks = files_by_name(root, ["Disc_Cup_Masks"], r"([gnvt]\d+)", [".bmp"])
     samples = []
     for name, image, files in pair(images, masks):
-        site, split = PARTS[name[0].lower()]
+        site, split = SITES_AND_SPLITS[name[0].lower()]
         samples.append(Sample(site, name, image, files, split))
     return samples
 

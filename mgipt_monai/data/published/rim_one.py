@@ -19,7 +19,7 @@ def _find_dl(root: Path) -> list[Sample]:
         files_by_name(root, ["RIM-ONE_DL_reference_segmentations"], f"(r[123]_.+)-1-{kind}-T")
         for kind in ("Disc", "Cup")
     ]
-    return [Sample(f"rimone_{name[:2].lower()}", name, *files) for name, *files in pair(images, *masks)]
+    return [Sample(f"rimone_{name[:2].lower()}", name, image, files) for name, image, files in pair(images, *masks)]
 
 
 def _find_r3(root: Path) -> list[Sample]:

@@ -115,7 +115,7 @@ class CoTTA(WeightAdaptation):
         aligned_layers: str | None = None,
         seed: int = 0,
     ) -> None:
-        check_step(lr, betas)
+        betas = check_step(lr, betas)
         for name, value in (("decay", decay), ("restore_probability", restore_probability)):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {value}")
@@ -123,7 +123,7 @@ class CoTTA(WeightAdaptation):
             raise ValueError(f"confidence_threshold must not be negative, got {confidence_threshold}")
         if not scales or not all(0 < scale <= 4 for scale in scales):
             raise ValueError(f"scales must be one or more numbers above 0 and up to 4, got {tuple(scales)}")
-        self.lr, self.betas, self.decay, self.scales = lr, tuple(betas), decay, tuple(scales)
+        self.lr, self.betas, self.decay, self.scales = lr, betas, decay, tuple(scales)
         self.restore_probability, self.confidence_threshold = restore_probability, confidence_threshold
         super().__init__(network, head=head, aligned_layers=aligned_layers, seed=seed)
 
@@ -137,7 +137,8 @@ class CoTTA(WeightAdaptation):
         super()._bound()
         self.anchor = AlignedNorms(self.network, self.aligned_layers)
 
-    def _adapt(self, adapted: StudentAndTeacher, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _adapt(self, adapted: TrainedCopy, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        assert isinstance(adapted, StudentAndTeacher)  # _copy_type
         self.anchor.forwards = adapted.teacher.forwards = 0
         with torch.no_grad():
             anchor_logits = self.anchor.predict(image, "instance")

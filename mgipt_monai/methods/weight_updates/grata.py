@@ -78,8 +78,8 @@ class GraTa(WeightAdaptation):
         aligned_layers: str | None = None,
         seed: int = 0,
     ) -> None:
-        check_step(lr, betas)
-        self.hard_labels, self.lr, self.betas = hard_labels, lr, tuple(betas)
+        betas = check_step(lr, betas)
+        self.hard_labels, self.lr, self.betas = hard_labels, lr, betas
         self.jitter = PhotometricJitter() if jitter is None else jitter
         super().__init__(network, head=head, aligned_layers=aligned_layers, seed=seed)
 
@@ -117,8 +117,8 @@ class GraTa(WeightAdaptation):
 
 def cosine_of(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     """Return the cosine of the angle between two gradients of the same weights, in [-1, 1]; 0 if one is zero."""
-    flat = [torch.cat([part.flatten() for part in gradient]) for gradient in (one, other)]
-    return torch.cosine_similarity(*flat, dim=0).clamp(-1, 1).item()
+    first, second = (torch.cat([part.flatten() for part in gradient]) for gradient in (one, other))
+    return torch.cosine_similarity(first, second, dim=0).clamp(-1, 1).item()
 
 
 def _decided(target: Tensor, head: Head) -> Tensor:

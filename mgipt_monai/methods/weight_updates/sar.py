@@ -112,8 +112,8 @@ class SAR(WeightAdaptation):
             loss = _mean(entropies, reliable)
             gradients = adapted.gradients(loss)
         adapted.step(gradients)
-        record["loss_average"] = self._follow(loss.item())
-        if record["loss_average"] < self.recovery_threshold * largest:
+        average = record["loss_average"] = self._follow(loss.item())
+        if average < self.recovery_threshold * largest:
             self._reset()
             record["recovered"] = True
         return logits, record

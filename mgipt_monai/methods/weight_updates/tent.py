@@ -55,8 +55,8 @@ class Tent(WeightAdaptation):
         head: Head = "sigmoid",
         aligned_layers: str | None = None,
     ) -> None:
-        check_step(lr, betas)
-        self.lr, self.betas = lr, tuple(betas)
+        betas = check_step(lr, betas)
+        self.lr, self.betas = lr, betas
         super().__init__(network, head=head, aligned_layers=aligned_layers)
 
     def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

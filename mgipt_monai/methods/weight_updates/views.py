@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,8 +26,9 @@ class View(NamedTuple):
 
 def mean_probabilities(predict: Callable[[Tensor], Tensor], image: Tensor, views: Sequence[View], head: Head) -> Tensor:
     """Predict every view, one after the other, lay the probabilities back over the image, and take their mean."""
-    total: Tensor | float = 0.0
-    for view in views:
+    first, *others = views
+    total = first.undo(probabilities(predict(first.apply(image)), head))
+    for view in others:
         total = total + view.undo(probabilities(predict(view.apply(image)), head))
     return total / len(views)
 
@@ -36,10 +38,8 @@ def turns_and_flips() -> list[View]:
 
     In a volume of MONAI these are the axes within a slice.
     """
-    flips = [View(*[lambda x, axis=axis: x.flip(axis)] * 2) for axis in (2, 3)]
-    turns = [
-        View(lambda x, k=k: torch.rot90(x, k, (2, 3)), lambda x, k=k: torch.rot90(x, -k, (2, 3))) for k in (1, 2, 3)
-    ]
+    flips = [View(partial(torch.flip, dims=(axis,)), partial(torch.flip, dims=(axis,))) for axis in (2, 3)]
+    turns = [View(partial(torch.rot90, k=k, dims=(2, 3)), partial(torch.rot90, k=-k, dims=(2, 3))) for k in (1, 2, 3)]
     return [View(lambda x: x, lambda x: x), *flips, *turns]
 
 
@@ -62,12 +62,14 @@ def scales_and_flips(size: Sequence[int], output_size: Sequence[int], scales: Se
         torch.Size([1, 3, 32, 32])
     """
     axis = min(3, len(size) + 1)
+    back = partial(_resize, size=output_size)
     views = []
     for scale in scales:
         scaled = [_scaled(side, scale) for side in size]
+        to_scale = partial(_resize, size=scaled)
         views += [
-            View(lambda x, to=scaled: _resize(x, to), lambda x: _resize(x, output_size)),
-            View(lambda x, to=scaled: _resize(x, to).flip(axis), lambda x: _resize(x.flip(axis), output_size)),
+            View(to_scale, back),
+            View(partial(_flipped_after, to_scale, axis), partial(_flipped_before, back, axis)),
         ]
     return views
 
@@ -76,6 +78,14 @@ def _scaled(side: int, scale: float) -> int:
     # a network that halves its input takes the view if it takes the image: a side keeps its powers of two, up to 32
     step = min(side & -side, 32)
     return max(round(side * scale / step), 1) * step
+
+
+def _flipped_after(resize: Callable[[Tensor], Tensor], axis: int, x: Tensor) -> Tensor:
+    return resize(x).flip(axis)
+
+
+def _flipped_before(resize: Callable[[Tensor], Tensor], axis: int, x: Tensor) -> Tensor:
+    return resize(x.flip(axis))
 
 
 def _resize(x: Tensor, size: Sequence[int]) -> Tensor:

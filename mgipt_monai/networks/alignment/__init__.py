@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from .fused import alignment_loss, instance_statistics
+from .fused import alignment_loss, calibrate, instance_statistics
 from .layers import find_measurable_layers, find_norm_layers
-from .norms import AlignedNorms, BlendedNorms, calibrate
+from .norms import AlignedNorms, BlendedNorms
 from .site import SiteNorms, SiteStatistics
 from .source_statistics import LayerStatistics, SourceStatistics, measure_source_statistics
 

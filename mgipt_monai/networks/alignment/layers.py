@@ -17,6 +17,7 @@ __all__ = [
     "find_norm_layers",
     "has_stored_statistics",
     "layer_features",
+    "stored_statistics",
 ]
 
 MEASURE = (
@@ -39,6 +40,14 @@ NEEDS_BATCH_NORM = (
 def has_stored_statistics(layer: nn.Module) -> bool:
     """Whether the layer normalises with stored statistics: batch norm, or instance norm that tracks them."""
     return isinstance(layer, _NormBase) and layer.running_mean is not None
+
+
+def stored_statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return the mean and variance that a layer stores, (C,) each."""
+    assert isinstance(layer, _NormBase)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
 
 
 def find_norm_layers(network: nn.Module, pattern: str | None = None, advice: str = GIVE_A_FILE) -> dict[str, nn.Module]:
@@ -109,8 +118,8 @@ def find_listed_layers(
     layers = dict(network.named_modules())
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
-            f"{origin} were made for another network, {type(network).__name__} has no layer "
-            f"{', '.join(unknown[:4])}: make them anew with {MEASURE}"
+            f"{origin} were measured in another network, {type(network).__name__} has no layer "
+            f"{', '.join(unknown[:4])}: measure them again with {MEASURE}"
         )
     return _matching({name: layers[name] for name in names}, pattern, "layer of the statistics file")
 

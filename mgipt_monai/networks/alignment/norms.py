@@ -22,6 +22,7 @@ from mgipt_monai.networks.alignment.layers import (
     find_norm_layers,
     has_stored_statistics,
     layer_features,
+    stored_statistics,
 )
 from mgipt_monai.networks.alignment.shortcuts import ChannelsLast, ForwardEnd, FrozenPReLU
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics
@@ -109,8 +110,8 @@ class AlignedNorms:
 
     def stored(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation that a layer itself stores, (C,) each."""
-        layer = self.layers[name]
-        return layer.running_mean, layer.running_var.sqrt()
+        mean, variance = stored_statistics(self.layers[name])
+        return mean, variance.sqrt()
 
     def align(self, name: str, features: Tensor) -> Tensor:
         """Normalise a layer's features (B, C, \\*spatial) with their blend, and collect their loss if one is asked for.
@@ -132,6 +133,7 @@ class AlignedNorms:
         self._collect(name, alignment_loss(mean, std, *self.target(name, mean, std)))
 
     def _collect(self, name: str, loss: Tensor) -> None:
+        assert self.losses is not None  # layers measure only while losses are collected
         self.losses.append(loss)
         self.end.measured(name)
 
@@ -140,7 +142,7 @@ class AlignedNorms:
         if self._covered is not None:
             return
         forwards = {layer: _AlignedLayer(self, name, layer).forward for name, layer in self.layers.items()}
-        forwards |= {layer: FrozenPReLU(layer).forward for layer in self.network.modules() if FrozenPReLU.fits(layer)}
+        forwards |= {layer: FrozenPReLU(layer).forward for layer in FrozenPReLU.layers(self.network)}
         self._covered = [(layer, layer.__dict__.get("forward")) for layer in forwards]
         for layer, forward in forwards.items():
             layer.forward = forward
@@ -186,6 +188,11 @@ class AlignedNorms:
         # the order of the layers is looked at once per image
         self.end = ForwardEnd()
         self.windows = Windows(self.route, image)
+
+    @property
+    def loss_windows(self) -> int:
+        """Number of windows in which the image's loss is measured: what one loss costs."""
+        return 1 if self.windows is None else self.windows.count
 
     def _run(self, images: Tensor) -> Tensor:
         self.images = len(images)
@@ -307,4 +314,4 @@ class BlendedNorms(AlignedNorms):
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
         """Return the blend of :class:`AlignedNorms`, as one that no gradient flows through if it is calibrated."""
         blend = super().blend(name, mean, std)
-        return blend if self.normalization != "calibrated" else blend._replace(fixed=True)
+        return blend if blend is None or self.normalization != "calibrated" else blend._replace(fixed=True)

@@ -121,6 +121,6 @@ class FrozenPReLU:
         return functional.leaky_relu(x, weight.item())
 
     @staticmethod
-    def fits(layer: nn.Module) -> bool:
-        """Whether the layer is a PReLU with one slope."""
-        return type(layer) is nn.PReLU and layer.num_parameters == 1
+    def layers(network: nn.Module) -> list[nn.PReLU]:
+        """Return the layers of a network that are a PReLU with one slope."""
+        return [layer for layer in network.modules() if type(layer) is nn.PReLU and layer.num_parameters == 1]

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment.fused import Blend
+from mgipt_monai.networks.alignment.layers import stored_statistics
 from mgipt_monai.networks.alignment.norms import AlignedNorms
-from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor
+from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor, is_whole
 
 __all__ = ["SiteNorms", "SiteStatistics"]
 
@@ -61,7 +61,7 @@ class SiteStatistics(nn.Module):
 
     def __init__(self, horizon: int = 20, caution: float = 2.0) -> None:
         super().__init__()
-        if not isinstance(horizon, Integral) or horizon < 2:
+        if not is_whole(horizon) or horizon < 2:
             raise ValueError(f"horizon must be a whole number of images from 2, got {horizon}")
         if not 0 <= caution < float("inf"):
             raise ValueError(f"caution must be at least 0 images, got {caution}")
@@ -213,9 +213,10 @@ class SiteNorms(AlignedNorms):
         if self.normalization != "calibrated" or self.site is None:
             return super().blend(name, mean, std)
         # deviations with eps, as the layer takes them: a channel that is silent in the source divides by something too
-        layer = self.layers[name]
-        source = layer.running_mean, (layer.running_var + layer.eps).sqrt()
+        source_mean, source_variance = stored_statistics(self.layers[name])
+        eps: float = self.layers[name].eps  # type: ignore[assignment] # any norm layer has one
+        source = source_mean, (source_variance + eps).sqrt()
         if self.looks:
-            self.site.look(name, mean, (std.square() + layer.eps).sqrt(), *source)
+            self.site.look(name, mean, (std.square() + eps).sqrt(), *source)
         site_mean, site_std = self.site.correct(name, *source)
-        return Blend(site_mean, site_std.square() - layer.eps, 1 - self.image_share)
+        return Blend(site_mean, site_std.square() - eps, 1 - self.image_share)

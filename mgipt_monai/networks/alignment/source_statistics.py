@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mgipt_monai.networks.alignment.fused import instance_statistics
 from mgipt_monai.networks.alignment.layers import MEASURE, find_measurable_layers, layer_features
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
-from mgipt_monai.utils.files import save_state
+from mgipt_monai.utils.files import load_state, save_state
 from mgipt_monai.utils.naming import file_names
 from mgipt_monai.utils.provenance import fingerprint
 
@@ -37,15 +37,11 @@ class LayerStatistics:
 
     Attributes:
         mean: mean over the source images of an image's mean.
-        mean_spread: standard deviation of the images' means (n - 1 in the denominator; 0 for one image).
         std: mean over the source images of an image's standard deviation.
-        std_spread: standard deviation of the images' standard deviations.
     """
 
     mean: Tensor
-    mean_spread: Tensor
     std: Tensor
-    std_spread: Tensor
 
 
 @dataclass(frozen=True)
@@ -74,11 +70,11 @@ class SourceStatistics:
 
     def __post_init__(self) -> None:
         for name, layer in self.layers.items():
-            values = torch.stack([layer.mean, layer.mean_spread, layer.std, layer.std_spread])
+            values = torch.stack([layer.mean, layer.std])
             if values.ndim != 2 or not torch.isfinite(values).all():
                 raise ValueError(f"the statistics of layer {name} are not finite numbers, one per channel")
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one."""
         layers = {name: vars(layer) for name, layer in self.layers.items()}
         content = {"version": VERSION, "images": self.images, "fingerprint": self.fingerprint, "layers": layers}
@@ -86,7 +82,7 @@ class SourceStatistics:
         logger.info("statistics of %d layers over %d source images written to %s", len(layers), self.images, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> SourceStatistics:
+    def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:
         """Read a file that :meth:`save` wrote; no code in it is ever run.
 
         Raises:
@@ -96,26 +92,27 @@ class SourceStatistics:
         if not Path(path).is_file():
             raise FileNotFoundError(f"there is no statistics file at {path}: make it with {MEASURE}")
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_state(path, "statistics file")
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']!r}, this needs {VERSION}")
-            layers = {name: LayerStatistics(**layer) for name, layer in content["layers"].items()}
+            # files of version 0.1 hold the images' spread as well
+            layers = {name: LayerStatistics(layer["mean"], layer["std"]) for name, layer in content["layers"].items()}
             return cls(layers, content["images"], content["fingerprint"], os.fspath(path))
         except Exception as error:
             raise ValueError(
-                f"{path} is not a readable statistics file ({error}): make it anew with {MEASURE}"
+                f"{path} is not a readable statistics file ({error.__cause__ or error}): recreate it with {MEASURE}"
             ) from error
 
     def check(self, network: nn.Module) -> None:
         """Raise ValueError unless ``network`` has the very weights that the statistics were measured with."""
         if fingerprint(network) != self.fingerprint:
             raise ValueError(
-                f"{self.origin} were made for other weights than this {type(network).__name__} has: "
-                f"make them anew with {MEASURE}"
+                f"{self.origin} were measured with other weights than this {type(network).__name__} has: "
+                f"measure them again with {MEASURE}"
             )
 
 
-def read_statistics(statistics: SourceStatistics | str | os.PathLike | None) -> SourceStatistics | None:
+def read_statistics(statistics: SourceStatistics | str | os.PathLike[str] | None) -> SourceStatistics | None:
     """Return the statistics themselves, read from their file where a path is given."""
     if statistics is None or isinstance(statistics, SourceStatistics):
         return statistics
@@ -160,9 +157,9 @@ def measure_source_statistics(
     route.change(SimpleInferer() if inferer is None else inferer, windows)
     if device is None:
         device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
-    moments = {name: _Moments() for name in chosen}
+    seen = {name: _RunningMean() for name in chosen}
     modes = {module: module.training for module in network.modules()}
-    hooks = [layer.register_forward_hook(partial(_observe, moments[name])) for name, layer in chosen.items()]
+    hooks = [layer.register_forward_hook(partial(_observe, seen[name])) for name, layer in chosen.items()]
     count = 0
     try:
         network.eval()
@@ -179,36 +176,33 @@ def measure_source_statistics(
             module.training = mode
     if not count:
         raise ValueError("there are no source images to measure")
-    measured = {name: each.statistics() for name, each in moments.items() if each.count}
+    measured = {name: each.statistics() for name, each in seen.items() if each.count}
     if not measured:
         raise ValueError(f"none of the layers sees features with spatial axes: {', '.join(chosen)}")
     return SourceStatistics(measured, count, fingerprint(network))
 
 
-class _Moments:
-    """Mean and standard deviation of what was added so far (Welford's way), in float64."""
+class _RunningMean:
+    """Mean of the images' means and deviations so far, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = self.squares = torch.zeros(())
+        self.mean = torch.zeros(())
 
     def add(self, value: Tensor) -> None:
         self.count += 1
-        change = value - self.mean
-        self.mean = self.mean + change / self.count
-        self.squares = self.squares + change * (value - self.mean)
+        self.mean = self.mean + (value - self.mean) / self.count
 
     def statistics(self) -> LayerStatistics:
-        spread = (self.squares / max(self.count - 1, 1)).sqrt()
-        (mean, std), (mean_spread, std_spread) = self.mean.float(), spread.float()
-        return LayerStatistics(mean, mean_spread, std, std_spread)
+        mean, std = self.mean.float()
+        return LayerStatistics(mean, std)
 
 
-def _observe(moments: _Moments, layer: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
+def _observe(seen: _RunningMean, layer: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
     features = layer_features(layer, taken[0], given, images=1)
     if features is not None:
         mean, std = instance_statistics(features)
-        moments.add(torch.cat([mean, std]).cpu().double())
+        seen.add(torch.cat([mean, std]).cpu().double())
 
 
 def _one_by_one(

@@ -80,7 +80,7 @@ class Windows:
         if isinstance(inferer, SliceInferer):
             self.squeezed = inferer.spatial_dim + 2
             window.insert(inferer.spatial_dim, 1)
-        window = fall_back_tuple(window, sides)
+        window = list(fall_back_tuple(window, sides))
         # half before and half after, last axis first, as the inferer does
         missing = [max(w - n, 0) for w, n in zip(window, sides, strict=True)]
         self.padding = [part for m in reversed(missing) for part in (m // 2, m - m // 2)]
@@ -108,7 +108,8 @@ class Windows:
         """
         images = self._pad(images)
         places = [place[1:] for place in self.slices] or [()]
-        together = len(parts(images[(slice(None), *places[0])])[0])
+        first = slice(None), *places[0]
+        together = len(parts(images[first])[0])
         samples = [slice(i, i + together) for i in range(0, len(images), together)]
         pieces = [(sample, *place) for sample in samples for place in places]
         if len(pieces) > 1:

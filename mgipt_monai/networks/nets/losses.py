@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loss of the polyp protocol's source network."""
+"""The training loss of the source network of the polyp protocol."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ __all__ = ["BoundaryWeightedLoss"]
 
 
 class BoundaryWeightedLoss(nn.Module):
-    """Binary cross-entropy plus soft IoU loss, both with pixels near a boundary of the mask weighing more.
+    """Binary cross-entropy plus soft IoU loss, both with higher weights for pixels near a boundary of the mask.
 
-    With mask g, probability p = sigmoid(logits) and a, the mean of g over a square window around the pixel, a pixel
-    weighs w = 1 + strength * |a - g|: 1 where the window shows one class, nearly 1 + strength where all around is of
-    the other class. For each image and channel, with sums over pixels::
+    With mask g, probability p = sigmoid(logits) and the mean a of g over a square window around a pixel, the weight of
+    the pixel is w = 1 + strength * |a - g|: 1 if the window has one class, almost 1 + strength if all other pixels in
+    it are of the other class. For each image and channel, with sums over pixels::
 
         loss = sum(w * bce(p, g)) / sum(w)  +  1 - (sum(w * g * p) + 1) / (sum(w * (g + p - g * p)) + 1)
 
-    The window ends at the image's border, so that a structure cut off there has no boundary there. The 1 in
-    the fraction gives empty masks a gradient.
+    The window ends at the image border, so that a structure cut off there has no boundary there. The 1 in the fraction
+    gives empty masks a gradient.
 
     Source: the loss of PraNet (Fan et al., MICCAI 2020), from Wei et al., "F3Net", AAAI 2020. That paper divides the
     cross-entropy by the sum of w - 1, which is 0 for a mask of one class; here it is a weighted mean.
 
     Args:
         window: side of the window in pixels, odd; 31 is for images of 352 pixels.
-        strength: how much the boundary counts, at least 0; 0 weighs all pixels alike.
+        strength: additional weight of the boundary, at least 0; with 0 all pixels have the same weight.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -52,7 +52,7 @@ class BoundaryWeightedLoss(nn.Module):
         """Return the mean loss over images and channels, a scalar, at least 0.
 
         Args:
-            logits: (B, K, H, W), each channel a structure of its own.
+            logits: (B, K, H, W), one channel per structure.
             mask: (B, K, H, W), in [0, 1].
 
         Raises:

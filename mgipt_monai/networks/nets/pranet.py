@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Res2Net-50, the encoder of PraNet: a ResNet whose 3x3 convolutions work at four scales inside each block."""
+"""PraNet, the source network of the polyp protocol, and its encoder Res2Net-50."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch.nn import functional
 
 from mgipt_monai.networks.nets.resunet import check_sides
 
+__all__ = ["PraNet", "Res2Net"]
+
 _SCALES = 4  # groups of channels in a block
 _BASE_WIDTH = 26  # channels of a group for every 64 of the block's plain width
-_EXPANSION = 4  # channels out of a block for each of its plain width
+_EXPANSION = 4  # output channels of a block per channel of its plain width
 _STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))  # plain width, blocks and stride of each stage
 
 
 class _Block(nn.Module):
-    """Bottleneck whose 3x3 convolution is split: each group of channels also sees what the group before it found."""
+    """Bottleneck with a split 3x3 convolution: each group of channels also gets the output of the group before it."""
 
     def __init__(self, in_channels: int, plain_width: int, stride: int, is_first: bool) -> None:
         super().__init__()
@@ -34,18 +36,17 @@ class _Block(nn.Module):
         self.conv3 = nn.Conv2d(width * _SCALES, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.pool = nn.AvgPool2d(3, stride=stride, padding=1) if is_first else nn.Identity()
+        self.downsample: nn.Module = nn.Identity()
         if is_first:
             self.downsample = nn.Sequential(
                 nn.AvgPool2d(stride), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
             )
-        else:
-            self.downsample = nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         *groups, last = torch.relu(self.bn1(self.conv1(x))).chunk(_SCALES, dim=1)
         found: list[torch.Tensor] = []
         for group, conv, bn in zip(groups, self.convs, self.bns, strict=True):
-            # in a stage's first block the groups stay apart
+            # in the first block of a stage, the groups are independent
             joined = group if self.is_first or not found else group + found[-1]
             found.append(torch.relu(bn(conv(joined))))
         y = self.bn3(self.conv3(torch.cat((*found, self.pool(last)), dim=1)))
@@ -53,9 +54,9 @@ class _Block(nn.Module):
 
 
 class Res2Net(nn.Module):
-    """Res2Net-50 (26w, 4s) in its version 1b: three 3x3 convolutions as stem, average pooling in the shortcuts.
+    """Res2Net-50 (26w, 4s), version 1b: three 3x3 convolutions as stem, average pooling in the shortcuts.
 
-    The state-dict keys are those of the published ImageNet checkpoint, with the classifier ``fc``, which is not used.
+    The state-dict keys are those of the published ImageNet checkpoint, including the unused classifier ``fc``.
 
     Source: Gao et al., "Res2Net: A New Multi-scale Backbone Architecture", IEEE TPAMI 2019; the stem and the shortcuts
     are those of ResNet-D (He et al., "Bag of Tricks", CVPR 2019).
@@ -69,6 +70,11 @@ class Res2Net(nn.Module):
         >>> [tuple(feature.shape[1:]) for feature in features]
         [(256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, in_channels: int = 3) -> None:
         """Build the encoder with random weights."""
@@ -131,12 +137,16 @@ def _enlarge(x: torch.Tensor, factor: int = 2) -> torch.Tensor:
 
 
 def _resize(logits: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Bring logits to the size of `like`."""
+    """Resize logits to the size of `like`."""
     return functional.interpolate(logits, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
 class _ReceptiveField(nn.Module):
-    """Receptive field block: four branches that see 1, 3, 5 and 7 pixels far, and a shortcut."""
+    """Receptive field block: four branches with receptive fields of 1, 3, 5 and 7 pixels, and a shortcut."""
+
+    branch1: nn.Sequential
+    branch2: nn.Sequential
+    branch3: nn.Sequential
 
     def __init__(self, in_channels: int) -> None:
         super().__init__()
@@ -158,7 +168,12 @@ class _ReceptiveField(nn.Module):
 
 
 class _PartialDecoder(nn.Module):
-    """Partial decoder: multiply each level with all deeper ones, then join them from the deepest up."""
+    """Partial decoder: multiply each level by all deeper ones, then merge them from the deepest up."""
+
+    conv_upsample1: nn.Sequential
+    conv_upsample2: nn.Sequential
+    conv_upsample3: nn.Sequential
+    conv_upsample4: nn.Sequential
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +187,7 @@ class _PartialDecoder(nn.Module):
 
     def forward(self, fine: torch.Tensor, middle: torch.Tensor, deep: torch.Tensor) -> torch.Tensor:
         mixed_middle = self.conv_upsample1(_enlarge(deep)) * middle
-        # twice by 2, not once by 4: these differ where corners are aligned
+        # twice by 2 instead of once by 4: these differ with aligned corners
         mixed_fine = self.conv_upsample2(_enlarge(_enlarge(deep))) * self.conv_upsample3(_enlarge(middle)) * fine
         joined = self.conv_concat2(torch.cat((mixed_middle, self.conv_upsample4(_enlarge(deep))), dim=1))
         joined = self.conv_concat3(torch.cat((mixed_fine, self.conv_upsample5(_enlarge(joined))), dim=1))
@@ -182,17 +197,18 @@ class _PartialDecoder(nn.Module):
 class PraNet(nn.Module):
     """Parallel reverse attention network with a Res2Net-50 encoder; one structure, logits at the input's resolution.
 
-    A partial decoder gives a coarse map from the three deepest levels; from the deepest level up, a branch looks where
-    the map so far says background, and corrects it. This attention needs a single channel, so the network is binary.
+    A partial decoder predicts a coarse map from the three deepest levels. From the deepest level up, a branch attends
+    to the background of the current map and corrects it. This attention needs a single channel, so the network is
+    binary.
 
-    The state-dict keys and shapes are those of the published checkpoints. No pretrained weights are downloaded; those
-    of an encoder trained on ImageNet, at hand as a file, load into ``net.resnet``.
+    The state-dict keys and shapes are those of the published checkpoints. No pretrained weights are downloaded; a file
+    with those of an encoder trained on ImageNet loads into ``net.resnet``.
 
-    Adaptation: the published protocol aligns the encoder's batch norms alone, ``aligned_layers=r"^resnet\\."``.
+    Adaptation: the published protocol aligns only the batch norms of the encoder, ``aligned_layers=r"^resnet\\."``.
 
-    Training: in training mode the output is a list of four, for a loss within MONAI's ``DeepSupervisionLoss``. The
-    paper adds the four losses up with equal weights, which is ``weight_mode="same"``; the default halves them from
-    output to output. Its loss is :class:`mgipt_monai.networks.nets.losses.BoundaryWeightedLoss`.
+    Training: in training mode the output is a list of four, for MONAI's ``DeepSupervisionLoss``. The paper adds the
+    four losses with equal weights (``weight_mode="same"``); the default halves the weight from output to output. The
+    loss is :class:`mgipt_monai.networks.nets.losses.BoundaryWeightedLoss`.
 
     Source: Fan et al., "PraNet: Parallel Reverse Attention Network for Polyp Segmentation", MICCAI 2020; its partial
     decoder: Wu et al., CVPR 2019; its receptive field block: Liu et al., ECCV 2018.
@@ -256,7 +272,7 @@ class PraNet(nn.Module):
         return [_resize(output, x) for output in reversed(outputs)]
 
     def _correct(self, logits: torch.Tensor, level: int, features: torch.Tensor) -> torch.Tensor:
-        """Reverse attention: correct the map so far at the size of a level's features."""
+        """Reverse attention: correct the current map at the size of a level's features."""
         logits = _resize(logits, features)
         count = len(_BRANCHES[level][2]) + 1
         first, *middle, last = (getattr(self, f"ra{level}_conv{number}") for number in range(1, count + 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one thing that the published source networks ask of an image: sides that they can halve so often."""
+"""ResUNet, the source network of the optic disc and cup protocol, and the size check of both source networks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from monai.networks.nets import ResNet
 from torch import Tensor, nn
 
-__all__ = ["check_sides"]
+__all__ = ["ResUNet", "check_sides"]
 
 
 def check_sides(x: Tensor, stride: int) -> None:
@@ -24,7 +24,7 @@ _BACKBONES: dict[str, tuple[str, list[int], list[int]]] = {
     "resnet34": ("basic", [3, 4, 6, 3], [64, 128, 256, 512]),
     "resnet50": ("bottleneck", [3, 4, 6, 3], [256, 512, 1024, 2048]),
 }
-_WIDTH = 256  # channels of every decoder block, half from below and half from the skip
+_WIDTH = 256  # channels of each decoder block, half from below and half from the skip connection
 _STRIDE = 32  # five halvings: conv1, max pool, layers 2 to 4
 
 
@@ -38,17 +38,17 @@ class _UpBlock(nn.Module):
         self.bn = nn.BatchNorm2d(_WIDTH)
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
-        # norm after the activation, unlike in most U-Nets: this order reproduces the published outputs
+        # norm after the activation, unlike in most U-Nets: needed to reproduce the published outputs
         return self.bn(torch.relu(torch.cat((self.tr_conv(x), self.x_conv(skip)), dim=1)))
 
 
 class ResUNet(nn.Module):
     """ResNet encoder, four skip connections and a narrow decoder; logits at the input's resolution.
 
-    The state-dict keys and shapes are those of the published checkpoints, which therefore load with
+    The state-dict keys and shapes are those of the published checkpoints, which load with
     `load_state_dict(..., strict=True)`. No pretrained weights are downloaded.
 
-    Source: ResUNet-34 of the optic disc/cup protocol; Hu et al., VPTTA and MGIPT, use it as source network.
+    Source: ResUNet-34 of the optic disc/cup protocol, the source network of VPTTA and MGIPT (Hu et al.).
 
     Args:
         backbone: encoder, "resnet34" or "resnet50".

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+
+from mgipt_monai.utils.state_checks import is_whole
 
 __all__ = ["FrequencyPrompt", "LowFrequencies"]
 
@@ -128,13 +129,12 @@ class FrequencyPrompt(nn.Module):
         return LowFrequencies(image, self.side, self.centred).apply(self.amplitude)
 
 
-def loss_gradient(
-    loss: Callable[[Tensor], Tensor], prompted: Tensor, prompts: Tensor | Sequence[Tensor]
-) -> tuple[Tensor, Tensor | tuple[Tensor, ...]]:
-    """Return the per-image losses of prompted images and their gradient with respect to the prompts alone."""
+def loss_gradients(
+    loss: Callable[[Tensor], Tensor], prompted: Tensor, *prompts: Tensor
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the per-image losses of prompted images and their gradients with respect to the prompts alone."""
     losses = loss(prompted)
-    gradients = torch.autograd.grad(losses.sum(), prompts)
-    return losses.detach(), gradients[0] if isinstance(prompts, Tensor) else gradients
+    return losses.detach(), torch.autograd.grad(losses.sum(), prompts)
 
 
 def check_tuning(*values: Tensor) -> None:
@@ -145,14 +145,15 @@ def check_tuning(*values: Tensor) -> None:
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
     """Return the sizes as a tuple; raise ValueError unless they are whole numbers from 1, each once."""
-    if any(not isinstance(size, Integral) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
+    if any(not is_whole(size) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
         raise ValueError(f"{name} must be different whole numbers from 1, got {tuple(sizes)}")
     return tuple(int(size) for size in sizes)
 
 
-def check_step(lr: float, betas: Sequence[float]) -> None:
-    """Raise ValueError unless the learning rate is positive and Adam's betas are in [0, 1)."""
+def check_step(lr: float, betas: Sequence[float]) -> tuple[float, float]:
+    """Return Adam's betas; raise ValueError unless the learning rate is positive and they are in [0, 1)."""
     if not 0 < lr < math.inf:
         raise ValueError(f"lr must be above 0, got {lr}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
+    return betas[0], betas[1]

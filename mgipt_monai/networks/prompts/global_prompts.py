@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_sizes, check_step, check_tuning, loss_gradient
+from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_sizes, check_step, check_tuning, loss_gradients
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_tensors
 
 __all__ = ["GlobalPrompts"]
@@ -46,17 +46,17 @@ class GlobalPrompts(nn.Module):
     ) -> None:
         super().__init__()
         self.sizes = check_sizes("global sizes", sizes)
-        check_step(lr, betas)
+        self.betas = check_step(lr, betas)
         if not 0 <= teacher_decay < 1:
             raise ValueError(f"teacher_decay must be in [0, 1), got {teacher_decay}")
-        self.lr, self.betas, self.teacher_decay, self.centred = lr, tuple(betas), teacher_decay, centred
+        self.lr, self.teacher_decay, self.centred = lr, teacher_decay, centred
         self.students: list[Tensor] = []
         self.teachers: list[Tensor] = []
 
     def forward(self, image: Tensor) -> Tensor:
         """Apply every teacher to one image: (1, C, \\*spatial) to (number of sizes, C, \\*spatial)."""
         self._start(image)
-        return self._apply(image, self.teachers)
+        return self._views(image, self.teachers)
 
     def step(self, image: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
         """Move the students one step and let the teachers follow; all sizes in one batch.
@@ -72,7 +72,7 @@ class GlobalPrompts(nn.Module):
         if not self.sizes:
             return image.new_zeros(0)
         students = [student.clone().requires_grad_() for student in self.students]
-        losses, gradients = loss_gradient(loss, self._apply(image, students), students)
+        losses, gradients = loss_gradients(loss, self._views(image, students), *students)
         check_tuning(losses, *gradients)
         for student, gradient in zip(students, gradients, strict=True):
             student.grad = gradient
@@ -146,6 +146,6 @@ class GlobalPrompts(nn.Module):
             self.students = [student.to(image.device) for student in self.students]
             self.teachers = [teacher.to(image.device) for teacher in self.teachers]
 
-    def _apply(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    def _views(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
         views = [LowFrequencies(image, p.shape[-1], self.centred).apply(p) for p in prompts]
         return torch.cat(views) if views else image[:0]

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mgipt_monai.networks.prompts.early_stop import got_worse
-from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_sizes, check_step, check_tuning, loss_gradient
+from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_sizes, check_step, check_tuning, loss_gradients
+from mgipt_monai.utils.state_checks import is_whole
 
 __all__ = ["InstancePrompt", "InstanceTuning"]
 
@@ -79,10 +79,10 @@ class InstancePrompt(nn.Module):
         self.sizes = check_sizes("instance sizes", sizes)
         if any((large - small) % 2 or large <= small for small, large in zip(self.sizes, self.sizes[1:], strict=False)):
             raise ValueError(f"instance sizes must grow by an even number, so that they share a centre; got {sizes}")
-        if not isinstance(steps, Integral) or steps < 1:
+        if not is_whole(steps) or steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
-        check_step(lr, betas)
-        self.steps, self.lr, self.betas, self.early_stop = steps, lr, tuple(betas), early_stop
+        self.betas = check_step(lr, betas)
+        self.steps, self.lr, self.early_stop = steps, lr, early_stop
         self.amplitude: Tensor | None = None
         """The prompt of the latest image (1, C, side, ...); it is replaced with the next image and is not state."""
 
@@ -125,7 +125,8 @@ class InstancePrompt(nn.Module):
         tuning = InstanceTuning()
         self.amplitude = None
         for size in self.sizes:
-            previous, self.amplitude = self.amplitude, self._tune_size(image, size, loss, tuning)
+            previous: Tensor | None = self.amplitude
+            self.amplitude = self._tune_size(image, size, loss, tuning)
             if self.early_stop and len(self.sizes) > 1:
                 tuning.consistency[size] = consistency(self)
                 if tuning.size and got_worse(tuning.consistency[tuning.size], tuning.consistency[size]):
@@ -134,7 +135,7 @@ class InstancePrompt(nn.Module):
             tuning.size = size
         return tuning
 
-    def _tune_size(self, image: Tensor, size: int, loss: Callable, tuning: InstanceTuning) -> Tensor:
+    def _tune_size(self, image: Tensor, size: int, loss: Callable[[Tensor], Tensor], tuning: InstanceTuning) -> Tensor:
         shape = (1, image.shape[1], *[size] * (image.ndim - 2))
         prompt, ring = torch.ones(shape, device=image.device), torch.ones(shape, device=image.device)
         if self.amplitude is not None:
@@ -146,7 +147,7 @@ class InstancePrompt(nn.Module):
         low = LowFrequencies(image, size)
         losses = []
         for _ in range(self.steps):
-            value, gradient = loss_gradient(loss, low.apply(prompt), prompt)
+            value, (gradient,) = loss_gradients(loss, low.apply(prompt), prompt)
             losses.append(value)
             # Adam leaves an entry without gradient where it is: the centre stays frozen
             prompt.grad = gradient * ring
