@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continual test-time adaptation for medical image segmentation in MONAI: MGIPT and what surrounds it."""
+"""Continual test-time adaptation for medical image segmentation in MONAI: MGIPT, baselines, inferers and handlers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .methods import (
 )
 from .networks import SourceStatistics, measure_source_statistics
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MGIPT",

@@ -243,7 +243,9 @@ def errors_last(debug: bool = False, resumes: str = "") -> Iterator[None]:
 def _is_news(record: logging.LogRecord) -> bool:
     told = record.exc_info or "terminating due to exception" in record.getMessage()
     # overlays lie in another folder than the bundle's configs, as they should
-    usual = record.getMessage().startswith(("Not all config files are in", "Setting logging properties"))
+    usual = record.getMessage().startswith(
+        ("Not all config files are in", "Setting logging properties", "Logging file is")
+    )
     return not told and not usual
 
 

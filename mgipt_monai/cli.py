@@ -229,8 +229,8 @@ def _bundle_parser(name: str, command: BundleCommand) -> argparse.ArgumentParser
         action="extend",
         default=[],
         metavar="CONFIG",
-        help="overlays: files of yours, or names of those in `mgipt path configs`, such as guard or methods/bn. "
-        "A config is code: take none that you do not trust",
+        help="after the folders, overlays: files of yours, or names of those in `mgipt path configs`, such as guard or "
+        "methods/bn. A config is code: take none that you do not trust",
     )
     if command.method:
         parser.add_argument("--preset", help=f"method's settings, under those of --config: {', '.join(presets())}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The evaluator for streams: images one by one, in order, from site after site."""
+"""An evaluator for streams: one image at a time, in order, across sites."""
 
 from __future__ import annotations
 
@@ -34,45 +34,47 @@ logger = logging.getLogger(__name__)
 
 
 class AdaptationEvents(EventEnum):
-    """Events of :class:`StreamingAdaptationEvaluator` beside ignite's and MONAI's."""
+    """Events of :class:`StreamingAdaptationEvaluator` in addition to ignite's and MONAI's."""
 
     IMAGE_FAILED = "image_failed"
-    """Takes the place of ``ITERATION_COMPLETED`` for an image that could not be processed."""
+    """Fired instead of ``ITERATION_COMPLETED`` for an image that could not be processed."""
 
 
 class StreamFailedError(RuntimeError):
-    """Some images of a stream failed; the others are done and recorded."""
+    """Some images of a stream failed; the others were processed and recorded."""
 
 
 class StreamingAdaptationEvaluator(SupervisedEvaluator):
-    """One pass over an ordered stream of sites, adapting to each image, with figures per site and overall.
+    """One pass over an ordered stream of sites, adapting to each image, with results per site and overall.
 
-    A bad image (unreadable, NaN, wrong channels, missing mask, no place to write) is recorded as failed and leaves the
-    adaptation state bit-identical; the stream goes on, and ``run`` ends with a :class:`StreamFailedError` that names
-    the failed images. A progress bar shows the site, the mean DSC so far, the chosen size and images per second.
+    A bad image (unreadable, NaN, wrong number of channels, missing mask, output not writable) is recorded as failed and
+    leaves the adaptation state bit-identical. The stream continues, and ``run`` ends with a :class:`StreamFailedError`
+    that names the failed images. A progress bar shows the site, the mean DSC so far, the chosen prompt size and images
+    per second.
 
-    After each image ``state.record`` is its record: ``name``, ``site``, ``round`` where the item has one, ``status``,
-    ``seconds``, ``metrics`` where there is a label, and what the method did. After ``run``, ``state.summary`` (a
-    :class:`StreamSummary`) has the figures and ``state.metrics`` the overall mean of each metric.
+    After each image ``state.record`` holds its record: ``name``, ``site``, ``round`` if the item has one, ``status``,
+    ``seconds``, ``metrics`` if there is a label, and what the method did. After ``run``, ``state.summary`` (a
+    :class:`StreamSummary`) holds the results and ``state.metrics`` the overall mean of each metric.
 
-    In a process group of ``torch.distributed`` every process runs it on a stream of its own (see :func:`share_stream`).
-    They gather at the end: figures, failed images and the summary file, which the first process writes, are of all.
+    In a ``torch.distributed`` process group each process runs its own stream (see :func:`share_stream`). Results are
+    gathered at the end: the metrics, the failed images and the summary file, which the first process writes, cover all
+    processes.
 
     Args:
         device: where to run.
-        val_data_loader: a DataLoader with batch size 1 that keeps the order, best over a :class:`StreamDataset`.
+        val_data_loader: a DataLoader with batch size 1 that keeps the order, ideally over a :class:`StreamDataset`.
         network: the source network.
-        inferer: an :class:`AdaptiveInferer`, or any inferer to run without adaptation.
-        image_metrics: name to MONAI metric (``reduction="none"``), computed per image where there is a label.
-        probability_metrics: likewise of the probability map, which the postprocessing leaves under ``prob``.
+        inferer: an :class:`AdaptiveInferer`, or any other inferer to run without adaptation.
+        image_metrics: name to MONAI metric (``reduction="none"``), computed for each image with a label.
+        probability_metrics: the same for the probability map, which the postprocessing stores under ``prob``.
         class_names: names of the prediction's channels; None numbers them.
-        stop_on_failure: whether the first failed image ends the run instead.
-        progress: whether to show the bar.
-        summary_path: JSON file for the figures at the end; None writes none.
+        stop_on_failure: whether the first failed image ends the run.
+        progress: whether to show the progress bar.
+        summary_path: JSON file for the summary, written at the end; None writes none.
         kwargs: as for ``SupervisedEvaluator``.
 
     Raises:
-        ValueError: at construction, for a loader whose batches hold several images.
+        ValueError: at construction, if the loader's batches hold several images.
     """
 
     def __init__(
@@ -90,7 +92,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         **kwargs: Any,
     ) -> None:
         if getattr(val_data_loader, "batch_size", 1) != 1:
-            raise ValueError(f"a stream's images come one by one: set batch_size=1, got {val_data_loader.batch_size}")
+            raise ValueError(
+                f"a stream is processed one image at a time: set batch_size=1, got {val_data_loader.batch_size}"
+            )
         self.measures = ImageMeasures(image_metrics, probability_metrics, class_names)
         self.stop_on_failure = stop_on_failure
         self.summary_path = summary_path
@@ -112,20 +116,20 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         """Run the stream once.
 
         Raises:
-            StreamFailedError: at the end, if images failed, in whichever process.
+            StreamFailedError: at the end, if images failed in any process.
             ValueError: if the stream is empty.
         """
         if isinstance(self.data_loader, Sized):
-            # counted anew, since the data may have changed after construction
+            # the data may have changed since construction
             self.state.epoch_length = len(self.data_loader)
             if self.state.epoch_length == 0:
-                raise ValueError("the stream has no images: give val_data_loader a data set with some")
+                raise ValueError("the stream has no images: give val_data_loader a non-empty dataset")
         self.state.summary = StreamSummary()
         super().run(global_epoch)
         self.state.summary = self.state.summary.of_all_processes()
         figures = self.state.summary.figures()
         if not figures["all"]["images"] + figures["all"]["failed"]:
-            raise ValueError("the stream gave no images: a generator can be run through only once")
+            raise ValueError("the stream gave no images: a generator can be iterated only once")
         self.state.metrics.update({name: values["mean"] for name, values in figures["all"]["metrics"].items()})
         failures = self.state.summary.failures
         count = len(failures) + figures["all"]["images"]
@@ -134,7 +138,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             self._report(figures)
             if failures and idist.get_world_size() > 1:
                 logger.error(failed)
-        # the first process that ends with an error may have the others stopped: nothing must be left to do then
+        # the launcher may stop all processes when the first one raises: finish all work before
         idist.barrier()
         if failures:
             raise StreamFailedError(failed)
@@ -157,7 +161,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
                 if FAILURE in batchdata:
                     raise ValueError(_first(batchdata[FAILURE]))
                 output = super()._iteration(engine, batchdata)
-                # the metrics' time is not the method's
+                # without the time of the metrics
                 record["seconds"] = time.perf_counter() - start
                 metrics = self.measures(engine.state.output[0])
             record |= {"status": "ok", "metrics": metrics, **(method.last[0] if method is not None else {})}
@@ -173,7 +177,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         return output
 
     def _fire_event(self, event_name: Any, *args: Any, **kwargs: Any) -> None:
-        # a failed image has no output, so metrics and other handlers of an iteration's end must not see it
+        # a failed image has no output, so metrics and other ITERATION_COMPLETED handlers must not run
         if event_name == Events.ITERATION_COMPLETED and self.state.record.get("status") == "failed":
             event_name = AdaptationEvents.IMAGE_FAILED
         super()._fire_event(event_name, *args, **kwargs)
@@ -188,6 +192,6 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
 
 
 def _first(value: Any) -> Any:
-    """Return the plain value of a batch's only image."""
+    """Return the plain value of the batch's only image."""
     value = value.tolist() if isinstance(value, torch.Tensor) else value
     return value[0] if isinstance(value, list) else value

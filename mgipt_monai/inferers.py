@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The MONAI inferers that adapt: what an evaluator, MONAI Label and MONAI Deploy call."""
+"""MONAI inferers that adapt, for evaluators, MONAI Label and MONAI Deploy."""
 
 from __future__ import annotations
 
@@ -27,20 +27,21 @@ Slices = Literal["shared", "own"]
 
 
 class AdaptiveInferer(Inferer):
-    """Adapts to each image, then predicts it; it owns the update of the adaptation state.
+    """Adapts to each image, predicts it, and updates the adaptation state.
 
     Args:
         method: the adaptation method, for instance :class:`mgipt_monai.MGIPT`.
-        inferer: what the method runs the network through: None for whole images, or a pipeline's
-            ``SlidingWindowInferer`` or ``SliceInferer``. Every window sees its part of the prompted whole image.
-        windows: in how many windows an image is looked at while it is adapted to.
-        slices: with a ``SliceInferer`` (a 2D network on volumes), whether the volume is one image whose prompt all
-            slices share (``shared``: one scanner made them all, and neighbours stay alike), or each slice is an image
-            with a prompt of its ``own``, which costs as many adaptations; constant slices are then predicted without.
+        inferer: how the method runs the network: None for whole images, or a pipeline's ``SlidingWindowInferer`` or
+            ``SliceInferer``. Each window gets its part of the prompted whole image.
+        windows: maximum number of windows per image in which the alignment loss is measured.
+        slices: for a ``SliceInferer`` (a 2D network on volumes). ``shared`` treats a volume as one image with one
+            prompt for all slices: one scanner made them, and neighbouring slices stay consistent. ``own`` treats each
+            slice as an image with its own prompt, at the cost of one adaptation per slice; constant slices are
+            predicted without adaptation.
 
     Raises:
         TypeError: if ``method`` is not an adaptation method, or cannot predict through ``inferer``.
-        ValueError: for fewer than one window.
+        ValueError: if ``windows`` is below 1, or ``slices`` is unknown or does not fit ``inferer``.
 
     Example:
         >>> import torch
@@ -73,9 +74,9 @@ class AdaptiveInferer(Inferer):
         """Adapt and predict.
 
         Args:
-            inputs: images (B, C, \\*spatial); meta data is kept.
-            network: the source network. Another object than the method's (a server's copy, a reloaded network) is
-                taken over, with the adaptation state kept.
+            inputs: images (B, C, \\*spatial); metadata is kept.
+            network: the source network. If it is not the method's own (a server's copy, a reloaded network), the method
+                switches to it and keeps the adaptation state.
             args: not supported.
             kwargs: not supported.
 
@@ -84,29 +85,29 @@ class AdaptiveInferer(Inferer):
 
         Raises:
             RuntimeError: if ``network`` itself adapts with another method: each image would be adapted to twice.
-            TypeError: for further arguments to the network.
+            TypeError: for additional arguments.
         """
         if args or kwargs:
-            raise TypeError(f"AdaptiveInferer gives the network images alone, got also {[*args, *kwargs]}")
+            raise TypeError(f"AdaptiveInferer passes only images to the network, got also {[*args, *kwargs]}")
         self.bind(network)
         self.method.predict_through(*self._route())
         return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
 
     def with_method(self, method: AdaptationMethod) -> AdaptiveInferer:
-        """Return an inferer that predicts alike with another method, such as a twin of this one's."""
+        """Return an inferer with the same settings for another method, such as a twin of this one's."""
         return AdaptiveInferer(method, self.inferer, self.windows, self.slices)
 
     def bind(self, network: nn.Module) -> None:
-        """Let the method adapt this network, if it is another one than before.
+        """Switch the method to this network, if it is a different one.
 
         Raises:
-            RuntimeError: if it is itself an adaptation method, and not this inferer's.
+            RuntimeError: if ``network`` is an adaptation method other than this inferer's.
         """
         if isinstance(network, AdaptationMethod):
             if network is not self.method:
                 raise RuntimeError(
-                    f"the network is itself a {network.name}: with this {self.method.name} inferer "
-                    "each image would be adapted to twice; keep one of the two"
+                    f"the network is already a {network.name} method: with this {self.method.name} inferer "
+                    "each image would be adapted to twice; remove one of them"
                 )
         elif network is not self.method.network:
             self.method.bind(network)
@@ -135,37 +136,37 @@ class AdaptiveInferer(Inferer):
         return self.method(image), self.method.last[0]
 
 
-# of this process: a server may make its inferers anew for every request, and the lock must outlive them
+# per process: a server may create new inferers for each request, and the lock must outlive them
 _streams: dict[tuple[int, Path], tuple[threading.Lock, StreamFile]] = {}
 _opening = threading.Lock()
 
 
 class PersistentInferer(AdaptiveInferer):
-    """Adapts to the images of one stream, however many calls, inferers, networks and processes it takes.
+    """Adapts to the images of one stream across calls, inferers, networks and processes.
 
-    The state file is the truth: each call takes up the stream from it, adapts, predicts, and writes it back. A failed
-    call leaves the file as it was. Calls from several threads run one after another; another process is refused from
-    this process's first call until its end.
+    The state file is authoritative: each call loads the stream from it, adapts, predicts, and writes it back. A failed
+    call leaves the file unchanged. Calls from several threads run one after another. Another process is refused from
+    this process's first call until this process ends.
 
-    The records of a call's images are in ``last`` and, where the images are a ``MetaTensor``, in the prediction's meta
-    data under ``adaptation`` (see :class:`mgipt_monai.data.AdaptationResultd`), one dict of JSON types per image: what
-    the method did, ``name``, ``position`` (images learnt from, this one included), ``seconds``, ``adapt``, ``reset``.
+    The records of a call's images are in ``last`` and, if the images are a ``MetaTensor``, in the prediction's metadata
+    under ``adaptation`` (see :class:`mgipt_monai.data.AdaptationResultd`), one dict of JSON types per image: what the
+    method did, ``name``, ``position`` (number of images learnt from, including this one), ``seconds``, ``adapt``,
+    ``reset``.
 
     Args:
-        method: the adaptation method. What it has in memory is replaced by the file's state, or forgotten where there
-            is no file.
-        state_path: the stream's state file, see :class:`mgipt_monai.StreamFile`; made with the first image.
-        record_path: JSON Lines file that gets a line for each image learnt from; None writes none.
-        adapt: False predicts as for the next image of the stream, with a prompt of its own and all that was learnt, but
-            nothing of it lasts: the file stays as it is, and no record is written.
-        reset: forget the stream before the image. Also the way to go on with other weights or settings. With
-            ``adapt=False`` the image is predicted as the first one of a new stream, and the file stays.
+        method: the adaptation method. Its state in memory is replaced by the file's, or reset if there is no file.
+        state_path: the stream's state file, see :class:`mgipt_monai.StreamFile`; created with the first image.
+        record_path: JSON Lines file that gets one line per image learnt from; None writes none.
+        adapt: False predicts as for the next image of the stream, with its own prompt and everything learnt so far, but
+            keeps nothing: the file stays unchanged and no record is written.
+        reset: forget the stream before the image; needed to continue with other weights or settings. With
+            ``adapt=False`` the image is predicted as the first one of a new stream, and the file stays unchanged.
         inferer: see :class:`AdaptiveInferer`.
         windows: see :class:`AdaptiveInferer`.
         slices: see :class:`AdaptiveInferer`.
 
     Raises:
-        TypeError: as :class:`AdaptiveInferer`; if ``adapt`` or ``reset`` is no bool, such as the text "false".
+        TypeError: as :class:`AdaptiveInferer`; if ``adapt`` or ``reset`` is not a bool (such as the string "false").
         ValueError: as :class:`AdaptiveInferer`.
 
     Example:
@@ -173,7 +174,7 @@ class PersistentInferer(AdaptiveInferer):
         >>> from mgipt_monai import MGIPT
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
         >>> path = os.path.join(tempfile.mkdtemp(), "stream.pt")
-        >>> for _ in range(2):  # as a server that makes everything anew for each request
+        >>> for _ in range(2):  # like a server that recreates everything for each request
         ...     inferer = PersistentInferer(MGIPT(network, steps=1), path)
         ...     logits = inferer(torch.rand(1, 3, 32, 32), network)
         >>> inferer.last[0]["position"]
@@ -203,17 +204,17 @@ class PersistentInferer(AdaptiveInferer):
     def __call__(  # type: ignore[override] # only a network can be adapted, not any callable
         self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Take up the stream, adapt and predict as :class:`AdaptiveInferer`, and save.
+        """Load the stream, adapt and predict as :class:`AdaptiveInferer`, and save.
 
         Raises:
             RuntimeError: if another process adapts with the state file.
-            ValueError: for an image that cannot be adapted to, or a state file of other weights or settings.
+            ValueError: for an image that cannot be adapted to, or a state file made with other weights or settings.
         """
         self.last = []
         with _one_at_a_time(self.state_path) as stream:
             since = time.perf_counter()
             self.bind(network)
-            position = self._take_up(stream)
+            position = self._restore(stream)
             start = self.method.adaptation_state()
             with self.method.transaction(start):
                 logits = super().__call__(inputs, network, *args, **kwargs)
@@ -228,8 +229,8 @@ class PersistentInferer(AdaptiveInferer):
             logits.meta["adaptation"] = rows
         return logits
 
-    def _take_up(self, stream: StreamFile) -> int:
-        """Bring the method to where the stream stands; return how many images are done."""
+    def _restore(self, stream: StreamFile) -> int:
+        """Restore the method's state from the stream; return the number of images done."""
         if stream.exists() and not self.reset:
             return stream.load(self.method)["position"]
         self.method.reset()
@@ -256,8 +257,8 @@ class PersistentInferer(AdaptiveInferer):
 
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[StreamFile]:
-    """Give the stream at ``path`` to one thread at a time, and to no other process until this one ends."""
-    # a forked child has its parent's entries, but not its parent's right to the file
+    """Lock the stream at ``path`` for one thread at a time, and against other processes until this one ends."""
+    # a forked child inherits the entries, but not the lock on the file
     key = os.getpid(), path.resolve()
     with _opening:
         if key not in _streams:

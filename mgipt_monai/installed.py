@@ -68,7 +68,7 @@ def overlays() -> dict[str, Path]:
 def presets() -> dict[str, Path | None]:
     """Return the presets' overlays by name; the bundle's default, ``paper``, has none."""
     found = {name.rpartition("/")[2]: path for name, path in overlays().items() if name.startswith("presets/")}
-    return {**found, "paper": None}
+    return {"paper": None, **found} | {"paper": None}
 
 
 def find_config(name: str | os.PathLike, folder: str = "") -> Path:

@@ -166,7 +166,7 @@ def test_a_file_that_is_no_image_ends_training_in_one_line(photographs: Path, tm
         (["--resume", "false"], "--resume is True or False, got false"),
         (["--limit"], "--limit has no value"),
         (["--limit", "null"], "write --limit None"),
-        (["--preset", "stedy"], "there is no preset stedy (did you mean steady?): choose from fast, paper"),
+        (["--preset", "stedy"], "there is no preset stedy (did you mean steady?): choose from paper, fast"),
         (["--config", "bn"], "there is no config bn (did you mean methods/bn?)"),
         (["--config", "my.yaml"], "there is no config my.yaml: give a .yaml or .json file, or one of "),
         (["--weights", "none.pt"], "there are no weights at none.pt: give --weights"),

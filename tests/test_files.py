@@ -90,7 +90,7 @@ def test_summary_by_hand() -> None:
     summary = StreamSummary()
     for i in range(20):
         summary.add(row("A", i / 20, 1.0))
-    summary.add(row("B", 0.5, None))  # a class that is absent
+    summary.add(row("B", 0.5, None))  # an absent class
     summary.add({"site": "B", "status": "failed", "seconds": 0.1, "name": "B/2", "reason": "empty"})
     figures = summary.figures()
     dsc = figures["A"]["metrics"]["dsc"]
@@ -151,7 +151,7 @@ def test_prefix_of_a_parallel_network_stays_where_it_belongs_and_is_no_excuse(tm
     load_source_weights(other, tmp_path / "w.pt")
     assert identical(snapshot(other), snapshot(wrapped))
     state = wrapped.state_dict()
-    state["7.bias"] = state.pop("module.7.bias")  # a prefix on some keys is no layout of any network
+    state["7.bias"] = state.pop("module.7.bias")  # a prefix on only some keys is not a DataParallel checkpoint
     torch.save(state, tmp_path / "w.pt")
     with pytest.raises(ValueError, match=r"missing: 0.weight, .*unknown: module.0.weight"):
         load_source_weights(tiny_network(), tmp_path / "w.pt")

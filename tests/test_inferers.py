@@ -39,7 +39,7 @@ def test_something_that_does_not_adapt_is_refused(network: nn.Module) -> None:
 
 
 def test_further_arguments_to_the_network_are_refused(mgipt: MGIPT) -> None:
-    with pytest.raises(TypeError, match="images alone"):
+    with pytest.raises(TypeError, match="passes only images"):
         AdaptiveInferer(mgipt)(stream(1)[0], mgipt.network, torch.zeros(1))
 
 

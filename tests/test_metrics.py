@@ -23,7 +23,7 @@ def test_measures_are_one_for_the_mask_itself_and_fall_as_it_moves_away(metric) 
 
 
 def test_max_e_measure_takes_the_best_threshold() -> None:
-    # a map that is right at one threshold only: the square at .8 over a larger one at .6
+    # a map that is correct at only one threshold: the square at .8 in a larger one at .6
     graded = square() * 0.2 + square(2, 20) * 0.6
     wide = square(2, 20) * 0.6
     metric = MaxEMeasure()

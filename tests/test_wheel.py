@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email import message_from_bytes
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def source_tree(folder: Path) -> Path:
 def build(folder: Path) -> tuple[Path, Path]:
     """Build the sdist, and the wheel from it."""
     source = source_tree(folder / "source")
-    isolated = find_spec("setuptools") is None
+    isolated = find_spec("setuptools") is None or int(version("setuptools").partition(".")[0]) < 77
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     if isolated:
         source_dist = source
@@ -138,7 +139,6 @@ def test_wheel_is_whole_and_works_without_a_clone(tmp_path: Path) -> None:
     mgipt, python = commands / "mgipt", commands / "python"
     bundle = Path(run([mgipt, "path"], work).strip())
     assert bundle.is_relative_to(tmp_path / "venv")
-    assert Path(run([mgipt, "path", "configs"], work).strip()) == bundle.parent / "configs"
 
     write_demo_stream(work / "sites", [CAMERAS["cold_noisy"]], count=2, size=64)
     photographs = work / "sites" / "cold_noisy" / "images"

@@ -102,6 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if len(options.folders) > 1:
             require("benchmark", "scipy")
+        elif not (Path(options.folders[0]) / "results.json").is_file():
+            raise FileNotFoundError(
+                f"there is no results.json in {options.folders[0]}: give a benchmark's folder, or those of several runs"
+            )
         results = load_results(options.folders)
         if options.metric not in results["metrics"]:
             raise ValueError(f"there is no metric {options.metric}: choose from {', '.join(results['metrics'])}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Ignite handler that switches test-time adaptation on for an evaluator, and keeps its state and records."""
+"""The Ignite handler that enables test-time adaptation in an evaluator and keeps its state and records."""
 
 from __future__ import annotations
 
@@ -35,31 +35,32 @@ logger = logging.getLogger(__name__)
 
 
 class TestTimeAdaptationHandler:
-    """Adapts any ``SupervisedEvaluator`` while it runs, and leaves it as it was.
+    """Enables test-time adaptation in any ``SupervisedEvaluator`` while it runs; the evaluator is restored at the end.
 
-    While the evaluator runs, its inferer is an :class:`AdaptiveInferer` with ``method``, which owns the update. The
-    handler restores the adaptation state before the first image, logs and records each image, and saves the state
-    after it and at the end, whatever ends the run. An image that was cut off half-way leaves no trace.
+    During the run the evaluator's inferer is an :class:`AdaptiveInferer` with ``method``, which makes the updates. The
+    handler loads the adaptation state before the first image, logs and records each image, and saves the state after
+    each image and at the end, however the run ends. An interrupted image leaves no trace.
 
     Args:
-        method: the adaptation method; None takes the one of the evaluator's own ``AdaptiveInferer``.
-        state_path: file for the adaptation state and the place in the stream; None keeps no state.
+        method: the adaptation method; None uses that of the evaluator's own ``AdaptiveInferer``.
+        state_path: file for the adaptation state and the position in the stream; None saves no state.
         record_path: file for the records, see :class:`mgipt_monai.stream.records.AuditTrail`; None writes none.
-        resume: go on with an interrupted stream where ``state_path`` says, giving what one go would have given. The
-            stream must be the same. False starts the stream, and its files, anew.
+        resume: continue an interrupted stream at the position saved in ``state_path``, with the same results as an
+            uninterrupted run. The stream must be the same. False starts a new stream with new files.
         start_from: state file of an earlier stream whose adaptation this one continues; not with ``resume``.
-        save_every: number of images after which the state is saved; it is also saved at the end.
-        reset_at_site: reset the method before an image whose site (the batch's ``site``) is not the site of the image
-            before it, be it one that failed, the last one of ``start_from`` or of the handler's earlier run.
-        windows: where the evaluator has a ``SlidingWindowInferer``, through which the method then predicts: number of
-            windows in which the alignment loss is measured (see :class:`AdaptiveInferer`).
+        save_every: number of images between two saves of the state; it is also saved at the end.
+        reset_at_site: reset the method before an image whose site (the batch's ``site``) differs from that of the
+            previous image. That image may have failed, or be the last one of ``start_from`` or of the previous run.
+        windows: maximum number of windows in which the alignment loss is measured, if the evaluator has a
+            ``SlidingWindowInferer`` (see :class:`AdaptiveInferer`).
         snapshot_every: number of images between two snapshots in the state file (see :class:`mgipt_monai.StreamFile`);
-            the state with which a new site begins is kept as well.
-        snapshots: number of snapshots that the file keeps; 0 keeps none, for methods that change weights.
-        identifiers: whether the records have the images' ``names`` or hide them (``hashed``). Logs have names.
+            the state before the first image of a new site is kept as well.
+        snapshots: number of snapshots in the file; 0 keeps none (for methods that change weights, whose states are
+            large).
+        identifiers: whether the records contain the images' ``names`` or hide them (``hashed``). Logs contain names.
 
     Raises:
-        ValueError: at construction, for settings that exclude each other.
+        ValueError: at construction, for ``save_every`` below 1 or settings that exclude each other.
 
     Example:
         >>> import torch
@@ -71,7 +72,7 @@ class TestTimeAdaptationHandler:
         >>> evaluator.run()
     """
 
-    __test__ = False  # its name begins like a test class, it is none
+    __test__ = False  # its name looks like a test class to pytest
 
     def __init__(
         self,
@@ -88,27 +89,27 @@ class TestTimeAdaptationHandler:
         identifiers: Identifiers = "names",
     ) -> None:
         if resume and state_path is None:
-            raise ValueError("resume needs state_path: the file that says where the stream stopped")
+            raise ValueError("resume needs state_path: the file with the position at which the stream stopped")
         if resume and start_from is not None:
-            raise ValueError("resume continues this stream, start_from begins a new one: give one of them")
+            raise ValueError("resume continues this stream, start_from starts a new one: set only one of them")
         if save_every < 1:
             raise ValueError(f"save_every must be at least 1, got {save_every}")
         self._method, self.start_from = method, start_from
         self.stream = None if state_path is None else StreamFile(state_path, snapshot_every, snapshots)
         self.records = None if record_path is None else AuditTrail(record_path, identifiers)
         self.resume, self.save_every, self.reset_at_site, self.windows = resume, save_every, reset_at_site, windows
-        self._own_inferer: Any = None  # the evaluator's, while it runs with another
-        self._image = ExitStack()  # the transaction of the image at hand
+        self._own_inferer: Any = None  # the evaluator's own, while it is replaced
+        self._image = ExitStack()  # the transaction of the current image
         self._position, self._site = 0, None
-        self._adaptation: dict[str, Any] = {}  # the state after the latest whole image, copied once an image
-        self._files: list[str] = []  # of the image at hand
+        self._adaptation: dict[str, Any] = {}  # the state after the latest complete image, copied once per image
+        self._files: list[str] = []  # of the current image
 
     @property
     def method(self) -> AdaptationMethod:
         """The adaptation method.
 
         Raises:
-            TypeError: before the evaluator's own is known.
+            TypeError: if no method was given and the evaluator's own is not known yet.
         """
         if self._method is None:
             raise TypeError("no method to adapt with: give the handler one, such as MGIPT(network)")
@@ -119,18 +120,18 @@ class TestTimeAdaptationHandler:
 
         Raises:
             RuntimeError: if another adaptation handler is attached, or the evaluator adapts with another method.
-            TypeError: for an engine that is no ``SupervisedEvaluator``; if the evaluator's inferer cannot be replaced,
-                or no method is given anywhere.
+            TypeError: if the engine is not a ``SupervisedEvaluator``, the method cannot predict through its inferer, or
+                there is no method.
         """
         evaluator = check_evaluator(self, engine)
         if getattr(evaluator, "adaptation_handler", None) is not None:
             raise RuntimeError(
-                "the evaluator has an adaptation handler: with two, each image would be adapted to twice"
+                "the evaluator already has an adaptation handler: with two, each image would be adapted to twice"
             )
-        # handlers given to an engine's constructor are attached before it has an inferer: then STARTED checks
+        # handlers passed to an engine's constructor are attached before it has an inferer; _start checks those
         if hasattr(evaluator, "inferer"):
             self._method = agree_on_method(evaluator, self._method, self.windows)
-        evaluator.adaptation_handler = self  # type: ignore[attr-defined] # for those who hold the evaluator
+        evaluator.adaptation_handler = self  # type: ignore[attr-defined] # lets users find the handler
         evaluator.register_events(*AdaptationEvents)
         evaluator.add_event_handler(Events.STARTED, self._start)
         evaluator.add_event_handler(Events.ITERATION_STARTED, self._image_starts)
@@ -141,7 +142,7 @@ class TestTimeAdaptationHandler:
 
     @contextmanager
     def _running(self, engine: SupervisedEvaluator) -> Iterator[None]:
-        """Roll back the image at which a run ends early, save, and restore the evaluator."""
+        """Roll back an interrupted image, save, and restore the evaluator."""
         try:
             with self._image:
                 yield
@@ -176,13 +177,13 @@ class TestTimeAdaptationHandler:
             raise
         for row in rows if hasattr(engine.state, "summary") else []:
             engine.state.summary.add(row)
-        self._note(position)
+        self._remember(position)
         self._own_inferer = engine.inferer
         if not isinstance(engine.inferer, AdaptiveInferer):
             engine.inferer = AdaptiveInferer(method, engine.inferer, self.windows)
 
     def _load(self, stream: StreamFile) -> int:
-        """Load the adaptation, and the site of its latest image, from a state file; return its position."""
+        """Load the adaptation and its latest site from a state file; return its position."""
         content = stream.load(self.method)
         self._site = content["site"]
         return content["position"]
@@ -195,14 +196,14 @@ class TestTimeAdaptationHandler:
             self.stream.snapshot(self._state(), always=True)
         self._image.enter_context(self._at(site))
         if is_new_site and self.reset_at_site:
-            # a failed image returns to this state: the reset stays
+            # a failed image rolls back to this state, so the reset stays
             self.method.reset()
             self._adaptation = self.method.adaptation_state()
         self._image.enter_context(self.method.transaction(self._adaptation))
 
     @contextmanager
     def _at(self, site: Any) -> Iterator[None]:
-        """Be at a site; if the run ends at this image, the stream was never there."""
+        """Enter a site; if the run ends during this image, undo it."""
         before, adaptation, self._site = self._site, self._adaptation, site
         try:
             yield
@@ -219,14 +220,14 @@ class TestTimeAdaptationHandler:
             if self.records is not None:
                 self.records.append(row, [*self._files, *names_of_item(engine, position - 1)])
         self._image.close()
-        self._note(before + len(rows))
+        self._remember(before + len(rows))
         if self.stream is not None:
             self.stream.snapshot(self._state())
         if self._position // self.save_every > before // self.save_every:
             self._save()
 
-    def _note(self, position: int) -> None:
-        """Remember the state after a whole image: the only thing that is ever saved or returned to."""
+    def _remember(self, position: int) -> None:
+        """Remember the state after a complete image, the only one that is saved or restored."""
         self._position, self._adaptation, self._files = position, self.method.adaptation_state(), []
 
     def _state(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several streams, one per process, that average what they have learnt every so many images."""
+"""Averages the prompts of several streams, one per process, at regular intervals."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ logger = logging.getLogger(__name__)
 
 
 class AveragePromptsHandler:
-    """Averages a method's prompts over all processes of ``torch.distributed`` after every so many images of each.
+    """Averages a method's prompts over all ``torch.distributed`` processes after every ``every`` images of each.
 
-    Processes wait for each other there; an image that failed counts. Averaging ends where the shortest stream does, and
-    the others go on with what they have then. A process that has no prompts yet, since all its images failed, takes the
-    mean of the others. Without other processes the mean is the prompts themselves.
+    Processes wait for each other at each averaging; failed images count. Averaging ends when the shortest stream ends;
+    the others continue with their current prompts. A process without prompts, because all its images failed, takes the
+    mean of the others. With a single process nothing changes.
 
-    Attach it before :class:`TestTimeAdaptationHandler`, which then saves the averaged prompts with the image that they
-    follow, so that a failed image, or one that was cut off, never undoes an averaging. A run that all processes resume
-    averages where one go would have. Where some had saved an averaging and others had not, it is left out for these, a
-    warning says so, and the next one is the first that none has done.
+    Attach it before :class:`TestTimeAdaptationHandler`, which then saves the averaged prompts together with the
+    preceding image, so that a failed or interrupted image never undoes an averaging. If all processes resume, the run
+    averages at the same images as an uninterrupted run. If only some of them had saved their latest averaging, the
+    others skip it with a warning, and averaging continues with the first one that no process has done.
 
     Args:
         method: the method that adapts: MGIPT with global prompts.
-        every: images of each process between two averagings (batches, where an evaluator takes several images at once).
+        every: number of images of each process between two averagings (batches, if the evaluator processes several
+            images at once).
 
     Raises:
         TypeError: at construction, for a method that has nothing to average.
-        ValueError: at construction, if ``every`` is less than 1; at the start, for a stream of unknown length.
+        ValueError: at construction, if ``every`` is below 1; at the start, if the length of the stream is unknown.
     """
 
     def __init__(self, method: AdaptationMethod, every: int) -> None:
@@ -51,10 +52,10 @@ class AveragePromptsHandler:
         """Attach to an evaluator.
 
         Raises:
-            RuntimeError: if an adaptation handler is attached already.
+            RuntimeError: if an adaptation handler is already attached.
         """
         if getattr(engine, "adaptation_handler", None) is not None:
-            raise RuntimeError("attach AveragePromptsHandler first: the adaptation handler saves what it leaves")
+            raise RuntimeError("attach AveragePromptsHandler first: the adaptation handler saves its result")
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self._image_done)
         engine.register_events(*AdaptationEvents)
@@ -75,14 +76,14 @@ class AveragePromptsHandler:
             self._average()
 
     def _stop(self, engine: Engine) -> None:
-        # a resumed stream with nothing left to do comes here without an image
+        # a resumed stream with no images left gets here without _image_done
         self._agree(self._length)
-        # a stream that another handler ended early must not leave the others waiting
+        # if another handler ended this stream early, the other processes still wait for it
         while self._next <= self._last:
             self._average()
 
     def _agree(self, done: int) -> None:
-        """Agree with the other processes, once a run, on which averagings there will be."""
+        """Agree with the other processes, once per run, on the remaining averagings."""
         if self._agreed:
             return
         self._agreed = True
@@ -91,23 +92,23 @@ class AveragePromptsHandler:
         averagings = [min(done // self.every, self._last) for done, _ in places]
         self._next = max(averagings) + 1
         if min(averagings) < max(averagings):
-            logger.warning("not every process had saved its latest averaging: it is left out for those that had not")
+            logger.warning("not every process had saved its latest averaging: the others skip it")
 
     def _average(self) -> None:
         own = self.method.adaptation_state()
         states: list[dict[str, list[Tensor]]] = _gather({name: own[name] for name in self.method.averaged})
-        begun = [state for state in states if all(state.values())]
-        if begun:
-            # gathered and not reduced, so that the order of the sum, and so the mean, is the same in every process
+        started = [state for state in states if all(state.values())]
+        if started:
+            # gathered rather than reduced: the same order of summation gives each process the same mean
             mean = {
-                name: [torch.stack(tensors).mean(0) for tensors in zip(*(s[name] for s in begun), strict=True)]
+                name: [torch.stack(tensors).mean(0) for tensors in zip(*(s[name] for s in started), strict=True)]
                 for name in self.method.averaged
             }
             self.method.load_adaptation_state({**own, **mean})
-        logger.info("averaged the prompts of %d processes after %d images", len(begun), self._next * self.every)
+        logger.info("averaged the prompts of %d processes after %d images", len(started), self._next * self.every)
         self._next += 1
 
 
 def _gather(value: Any) -> list[Any]:
-    """Return the value of each process, in the order of their ranks."""
+    """Return the value of each process, ordered by rank."""
     return list(idist.all_gather(value))  # type: ignore[arg-type] # any object may be gathered

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the handlers need to know of their evaluator: its method, its run, its images, and its place in the stream."""
+"""What the handlers need from their evaluator: its method, run, images and position in the stream."""
 
 from __future__ import annotations
 
@@ -34,26 +34,25 @@ logger = logging.getLogger(__name__)
 
 
 def check_evaluator(handler: Any, engine: Engine) -> SupervisedEvaluator:
-    """Return the engine, one with a network that it runs through an inferer without training it.
+    """Return the engine if it is a ``SupervisedEvaluator``, which runs a network through an inferer.
 
     Raises:
-        TypeError: for another engine.
+        TypeError: for any other engine.
     """
     if not isinstance(engine, SupervisedEvaluator):
         raise TypeError(
             f"{type(handler).__name__} works with MONAI's SupervisedEvaluator, not with a {type(engine).__name__}: "
-            "in an evaluator of ignite pass the method as its network, "
-            "create_supervised_evaluator(MGIPT(network))"
+            "with an ignite evaluator, pass the method as the network: create_supervised_evaluator(MGIPT(network))"
         )
     return engine
 
 
 def agree_on_method(engine: SupervisedEvaluator, method: AdaptationMethod | None, windows: int) -> AdaptationMethod:
-    """Return the one method that an evaluator adapts with: its own, or ``method``, made to predict as it predicts.
+    """Return the method that an evaluator adapts with, its own or ``method``, and let it predict through its inferer.
 
     Raises:
-        RuntimeError: if the evaluator has its own and ``method`` is another.
-        TypeError: if there is none, or the evaluator's inferer does not go with the method.
+        RuntimeError: if the evaluator has its own method and ``method`` is another one.
+        TypeError: if there is none, or it cannot predict through the evaluator's inferer.
     """
     own = engine.inferer.method if isinstance(engine.inferer, AdaptiveInferer) else None
     if own is None and isinstance(engine.network, AdaptationMethod):
@@ -61,7 +60,7 @@ def agree_on_method(engine: SupervisedEvaluator, method: AdaptationMethod | None
     if own is not None and method is not None and own is not method:
         raise RuntimeError(
             f"the evaluator adapts with its own {own.name}, the handler with another {method.name}: each image would "
-            "be adapted to twice; give both the same object"
+            "be adapted to twice; pass the same object to both"
         )
     method = method if own is None else own
     if method is None:
@@ -72,10 +71,10 @@ def agree_on_method(engine: SupervisedEvaluator, method: AdaptationMethod | None
 
 
 def wrap_run(engine: Engine, around: Callable[[], AbstractContextManager[None]]) -> None:
-    """Run an engine inside a context from now on, so that a handler is told of every end, whatever other handlers do.
+    """Wrap an engine's ``run`` in a context, so that a handler is notified however the run ends.
 
-    Ignite's ``EXCEPTION_RAISED`` does not do: its handlers run in the order of their attachment, and MONAI's
-    ``StatsHandler`` raises the error again before those behind it are called.
+    Ignite's ``EXCEPTION_RAISED`` is not enough: its handlers run in the order in which they were attached, and MONAI's
+    ``StatsHandler`` re-raises the error before later ones are called.
     """
     run = engine.run
 
@@ -88,10 +87,10 @@ def wrap_run(engine: Engine, around: Callable[[], AbstractContextManager[None]])
 
 
 def records_of(engine: SupervisedEvaluator, method: AdaptationMethod, seconds: float) -> list[dict[str, Any]]:
-    """Return the records of the iteration that has just ended, one per image.
+    """Return the records of the iteration that just ended, one per image.
 
-    A ``StreamingAdaptationEvaluator`` makes its own. For another evaluator they are made from what the method did, the
-    file names in the images' meta data, and an equal share of the time.
+    A ``StreamingAdaptationEvaluator`` makes its own. For other evaluators they combine the method's records, the file
+    names in the images' metadata, and an equal share of the time.
     """
     if getattr(engine.state, "record", None):
         return [engine.state.record]
@@ -106,15 +105,15 @@ def records_of(engine: SupervisedEvaluator, method: AdaptationMethod, seconds: f
 
 
 def site_of(batch: Any, needed: bool) -> Any:
-    """Return the site of a batch's images; None if the batch does not say and it is not needed.
+    """Return the site of a batch's images; None if the batch has no site and none is needed.
 
     Raises:
-        ValueError: if it is needed, and the batch does not say, or its images are from several sites.
+        ValueError: if it is needed, and the batch has no site or images from several sites.
     """
     if not isinstance(batch, Mapping) or "site" not in batch:
         if not needed:
             return None
-        raise ValueError("reset_at_site needs each image's site: give the data set's items a 'site'")
+        raise ValueError("reset_at_site needs each image's site: add a 'site' to the dataset's items")
     sites = batch["site"].tolist() if isinstance(batch["site"], torch.Tensor) else batch["site"]
     site, *others = dict.fromkeys(ensure_tuple(sites))
     if others and needed:
@@ -123,9 +122,9 @@ def site_of(batch: Any, needed: bool) -> Any:
 
 
 def names_of_item(engine: SupervisedEvaluator, position: int) -> list[str]:
-    """Return the texts of the data set's item at ``position`` that name an image: its name and the paths of its files.
+    """Return the strings in the dataset's item at ``position`` that identify an image: its name and file paths.
 
-    An item that is no dict, or a data set without a list of items, has none.
+    An item that is not a dict, or a dataset without a list of items, has none.
     """
     data = getattr(getattr(engine.data_loader, "dataset", None), "data", None)
     item = data[position] if isinstance(data, Sequence) and position < len(data) else None
@@ -137,16 +136,16 @@ def names_of_item(engine: SupervisedEvaluator, position: int) -> list[str]:
 def skip_done(
     engine: SupervisedEvaluator, position: int, rows: list[dict[str, Any]], shown: Callable[[str], str] = str
 ) -> None:
-    """Let an evaluator that is about to start continue after the first ``position`` images of its loader.
+    """Make an evaluator that is about to start continue after the first ``position`` images of its loader.
 
     Args:
         engine: the evaluator, at its ``STARTED`` event.
-        position: number of images that are done.
-        rows: their records, to see that the stream is the same; may be empty.
-        shown: how the records write a name.
+        position: number of images done.
+        rows: their records, to check that the stream is the same; may be empty.
+        shown: maps a name to its form in the records.
 
     Raises:
-        ValueError: if the loader does not keep an order, or its images are other ones.
+        ValueError: if the loader does not keep the order, or its images have changed.
     """
     loader = engine.data_loader
     if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
@@ -172,6 +171,6 @@ def skip_done(
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
     )
-    # ignite counts from here, so that the run ends, and the bar stands, where they should
+    # ignite counts from here, so the run ends at the right image and the progress bar is correct
     engine.state.iteration = position // size
     logger.info("resuming the stream at image %d of %d", position + 1, count)

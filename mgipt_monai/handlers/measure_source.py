@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The calibration step in a pipeline that exists already: its loader, its weights, its windows."""
+"""Measures source statistics in an existing pipeline, with its loader, weights and inferer."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["SourceStatisticsHandler"]
 
 
 class SourceStatisticsHandler:
-    """Measures source statistics with all that a ``SupervisedEvaluator`` has, in place of its run.
+    """Measures source statistics with the loader, network and inferer of a ``SupervisedEvaluator``, instead of its run.
 
-    When the evaluator starts, and the handlers attached earlier have done their part (a ``CheckpointLoader`` loads the
-    weights), its network runs over its images through its inferer; the file is written and the run ends. Nothing is
-    predicted, postprocessed or saved otherwise.
+    When the evaluator starts, and the handlers attached earlier have run (a ``CheckpointLoader`` loads the weights),
+    its network runs over its images through its inferer. The handler then writes the file and ends the run. Nothing
+    else is predicted, postprocessed or saved.
 
     Args:
         path: the statistics file to write, see :func:`mgipt_monai.measure_source_statistics`.
-        windows: in how many sliding windows an image is looked at: the number that adaptation is given.
+        windows: maximum number of sliding windows per image to measure in; use the same number as in adaptation.
         layers: regular expression on the names of the layers to measure; None measures all.
 
     Example:
@@ -48,7 +48,7 @@ class SourceStatisticsHandler:
         """Attach to an evaluator, after the handler that loads its weights.
 
         Raises:
-            TypeError: for an engine that is no ``SupervisedEvaluator``.
+            TypeError: for an engine that is not a ``SupervisedEvaluator``.
         """
         check_evaluator(self, engine)
         engine.add_event_handler(Events.STARTED, self)
@@ -63,6 +63,6 @@ class SourceStatisticsHandler:
 
 
 def _images(engine: SupervisedEvaluator) -> Iterator[Tensor]:
-    """Yield the evaluator's images as it would give them to its network."""
+    """Yield the evaluator's images as it would pass them to its network."""
     for batch in tqdm(engine.data_loader, desc="source images"):
         yield engine.prepare_batch(batch, engine.state.device, engine.non_blocking, **engine.to_kwargs)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory an image took, in its record."""
+"""Adds the peak memory of each image to its record."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemoryHandler:
     """Adds ``peak_memory_mib`` to the record of each image of a ``StreamingAdaptationEvaluator``.
 
-    On a GPU it is the most memory that torch held at once during the image; on a CPU the peak of the process's
-    resident memory, libraries, weights and what earlier work has left behind included, so it says what a machine must
-    have. It is None where the system cannot tell (outside Linux). Attach it before the handler that writes the records.
+    On a GPU it is the maximum that torch allocated during the image. On a CPU it is the peak resident memory of the
+    process, including libraries, weights and memory left from earlier work, so it shows what a machine needs. It is
+    None where the system does not report it (outside Linux). Attach it before the handler that writes the records.
     """
 
     def attach(self, engine: Engine) -> None:
@@ -33,7 +33,7 @@ class PeakMemoryHandler:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            RESET.write_text("5")  # sets the kernel's peak back to what is held now
+            RESET.write_text("5")  # resets the kernel's peak to the current value
         except OSError:
             return
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training that can be interrupted: what it needs is written after each epoch, and each epoch has its own seed."""
+"""Resumable training: the state is saved after each epoch, and each epoch has its own seed."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ logger = logging.getLogger(__name__)
 
 
 class ResumableTrainingHandler:
-    """Writes a training's state after each epoch, and lets it go on from there as if it had not stopped.
+    """Saves the training state after each epoch, so that an interrupted training can be resumed.
 
-    Before each epoch torch's random numbers and the transforms of the trainer's data set are seeded by (seed, epoch).
-    On a CPU an interrupted training that is resumed thus gives the weights of one that was not, bit for bit.
+    Before each epoch, torch's random numbers and the transforms of the trainer's dataset are seeded with (seed, epoch).
+    On a CPU, a resumed training therefore gives bit-identical weights to an uninterrupted one.
 
-    Attach it last, so that it writes what the epoch's other handlers (learning rate, validation) leave behind. The file
-    is replaced as a whole, so a training that is killed leaves a readable one.
+    Attach it last, so that it saves the results of the epoch's other handlers (learning rate, validation). The file is
+    replaced atomically, so a killed training leaves a readable file.
 
     Args:
-        path: the file, the size of the network and its optimiser's state.
+        path: the state file; it has the size of the network and the optimiser's state.
         states: name to object with ``state_dict`` and ``load_state_dict``: network, optimiser, scheduler. The trainer
             itself is added.
-        resume: go on after the last epoch in ``path``; where there is no such file, start at the beginning.
-        seed: of all epochs.
+        resume: continue after the last epoch in ``path``; if there is no such file, start at the beginning.
+        seed: base seed of all epochs.
 
     Raises:
         ValueError: when the training starts, if ``path`` cannot be read, or holds more epochs than the trainer's
@@ -61,7 +61,7 @@ class ResumableTrainingHandler:
         Checkpoint.load_objects(self.states, load_state(self.path, "training state"))
         if wanted is not None and engine.state.epoch > wanted:
             raise ValueError(f"{self.path} holds {engine.state.epoch} epochs, more than max_epochs={wanted}: raise it")
-        engine.state.max_epochs = wanted  # a training may be resumed to become longer
+        engine.state.max_epochs = wanted  # allows extending a finished training
         logger.info("resuming the training after epoch %d of %d", engine.state.epoch, wanted)
 
     def _seed(self, engine: Trainer) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapts to the next image while an evaluator still postprocesses, measures, writes and records this one."""
+"""Adapts to the next image while the evaluator still postprocesses, measures, writes and records the current one."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ END = object()
 
 
 class WorkAheadHandler:
-    """Loads the next image, and adapts to it, in a thread of its own while this one is finished.
+    """Loads the next image and adapts to it in a background thread while the current one is finished.
 
-    Outputs, records and state are bit for bit what they are without it. The thread works with a twin of the method (a
-    copy around the same network); its result is used only if the image and the adaptation that it started from turn out
-    to be those at hand. Otherwise (an image could not be written, the method was reset at a new site, prompts were
-    averaged) it is thrown away, which costs that image's forwards once more. A record's ``seconds`` are then those that
-    the stream had to wait for the image.
+    Outputs, records and state are bit-identical to those without it, except that a record's ``seconds`` are the time
+    that the stream waited for the image. The thread works with a twin of the method (a copy that shares the network).
+    Its result is used only if the image and the adaptation state that it started from match the actual ones. Otherwise
+    (an image could not be written, the method was reset at a new site, prompts were averaged) it is discarded, and that
+    image costs its forwards again.
 
-    It pays where images are large or measured, or the method is cheap: there, reading and writing take longer than
-    adapting. Other handlers must not run the network meanwhile. A twin is small for methods that keep the network
-    frozen, and has the network's size for others.
+    It pays off where images are large, metrics are computed or the method is cheap: reading and writing then take
+    longer than adapting. Other handlers must not run the network meanwhile. A twin is small for methods that keep the
+    network frozen; for others it has the size of the network.
 
     Attach it after :class:`TestTimeAdaptationHandler`.
 
@@ -53,7 +53,7 @@ class WorkAheadHandler:
         """Attach to an evaluator.
 
         Raises:
-            TypeError: for an engine that is no ``SupervisedEvaluator``; when it starts, if it does not adapt by then.
+            TypeError: for an engine that is not a ``SupervisedEvaluator``; at its start, if it does not adapt.
         """
         evaluator = check_evaluator(self, engine)
         engine.add_event_handler(Events.STARTED, self._start)
@@ -62,7 +62,7 @@ class WorkAheadHandler:
     def _start(self, engine: SupervisedEvaluator) -> None:
         if not isinstance(engine.inferer, AdaptiveInferer):
             raise TypeError(
-                "there is nothing to do ahead, the evaluator does not adapt: attach TestTimeAdaptationHandler first"
+                "the evaluator does not adapt, so there is nothing to do ahead: attach TestTimeAdaptationHandler first"
             )
         self._ahead = _AheadInferer(engine, engine.inferer)
         engine.state.dataloader = self._ahead.batches(engine.state.dataloader)
@@ -82,7 +82,7 @@ class WorkAheadHandler:
 
 
 class _Prediction(NamedTuple):
-    """What was done ahead: from which image and adaptation, by which twin, and the result."""
+    """Work done ahead: the image and the method's state that it started from, the twin that did it, and the result."""
 
     inputs: Tensor
     start: list[dict[str, Any]]
@@ -91,7 +91,7 @@ class _Prediction(NamedTuple):
 
 
 class _AheadInferer(Inferer):
-    """Stands in front of an :class:`AdaptiveInferer`."""
+    """Wraps an :class:`AdaptiveInferer` and starts the next image ahead."""
 
     def __init__(self, engine: SupervisedEvaluator, inferer: AdaptiveInferer) -> None:
         self.engine, self.inferer = engine, inferer
@@ -104,7 +104,7 @@ class _AheadInferer(Inferer):
         return self.inferer.method
 
     def batches(self, loader: Iterable[Any]) -> Iterator[Any]:
-        """Give a loader's batches, each as soon as it is loaded."""
+        """Yield a loader's batches, each as soon as it is loaded."""
         self._source = iter(loader)
         while (batch := self._next_batch()) is not END:
             yield batch
@@ -112,12 +112,12 @@ class _AheadInferer(Inferer):
     def __call__(  # type: ignore[override] # as in AdaptiveInferer
         self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Predict, with what was done ahead if it fits, and start the next image."""
+        """Predict, using the work done ahead if it matches, and start the next image."""
         ahead, self._prediction = self._prediction, None
         self.inferer.bind(network)
-        # what failed ahead was the end of the stream or a bad image, which fails again here, in its turn
+        # work ahead fails at the end of the stream, or for a bad image, which then fails again below
         done = ahead.result() if ahead is not None and ahead.exception() is None else None
-        if done is not None and not args and not kwargs and self._fits(done, inputs):
+        if done is not None and not args and not kwargs and self._matches(done, inputs):
             self.method.become(done.twin)
             logits = done.logits
         else:
@@ -135,22 +135,22 @@ class _AheadInferer(Inferer):
         return next(self._source, END) if loading is None else loading.result()
 
     def _predict(self, batch: Future[Any], twin: AdaptationMethod) -> _Prediction:
-        engine, start = self.engine, _basis(twin)
+        engine, start = self.engine, _start_of(twin)
         inputs, *_ = engine.prepare_batch(batch.result(), engine.state.device, engine.non_blocking, **engine.to_kwargs)
         return _Prediction(inputs, start, twin, self.inferer.with_method(twin)(inputs, twin.network))
 
-    def _fits(self, done: _Prediction, inputs: Tensor) -> bool:
+    def _matches(self, done: _Prediction, inputs: Tensor) -> bool:
         same_network = done.twin.network is self.method.network
-        return same_network and _same(done.inputs, inputs) and _same(done.start, _basis(self.method))
+        return same_network and _same(done.inputs, inputs) and _same(done.start, _start_of(self.method))
 
 
-def _basis(method: AdaptationMethod) -> list[dict[str, Any]]:
-    """Return all that a prediction depends on, beside the network and the image."""
+def _start_of(method: AdaptationMethod) -> list[dict[str, Any]]:
+    """Return everything that a prediction depends on, except the network and the image."""
     return [method.settings(), method.adaptation_state()]
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two states, or images, are bit-identical."""
+    """Whether two states or images are bit-identical."""
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
     if isinstance(one, list):

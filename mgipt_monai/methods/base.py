@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one interface of every test-time adaptation method."""
+"""The common interface of all test-time adaptation methods."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ __all__ = ["AdaptationMethod", "Prediction", "build_part", "check_image", "plain
 
 STATE_VERSION = 1
 RENAMED = {"SiteCalibration": "SiteCorrection"}
-"""Names of methods in the states of version 0.1 to those of today."""
+"""Names of methods in states of version 0.1 to their current names."""
 NOT_SETTINGS = {"network", "training", "images_seen", "last", "uncertainty"}
 
 Part = TypeVar("Part")
 
 
 class Prediction(NamedTuple):
-    """What a method makes of one image.
+    """What a method returns for one image.
 
     Attributes:
         logits: (1, K, \\*spatial).
         record: plain values: what was done, and what it cost (``forwards`` and ``backwards``).
-        uncertainty: where the views of the image disagree, (1, 1, \\*spatial) in [0, 1]; None for one view.
+        uncertainty: where the views of the image disagree, (1, 1, \\*spatial) in [0, 1]; None with a single view.
     """
 
     logits: Tensor
@@ -50,31 +50,31 @@ class AdaptationMethod(nn.Module, ABC):
     """A segmentation network with test-time adaptation, called like the network itself.
 
     A call adapts to each image of the batch in turn and returns its logits. It works inside ``torch.no_grad()``,
-    ``torch.inference_mode()`` and autocast (it computes in float32), keeps the meta data of a ``MetaTensor``, and
-    leaves the adaptation state as it was if anything fails.
+    ``torch.inference_mode()`` and autocast (it computes in float32), keeps the metadata of a ``MetaTensor``, and
+    restores the adaptation state if anything fails.
 
-    A method gives :meth:`_adapt_and_predict`, and ``_bound``, ``_reset``, ``_state`` and ``_load_state`` where it keeps
-    something between images.
+    A subclass implements :meth:`_adapt_and_predict` and, if it keeps something between images, ``_bound``, ``_reset``,
+    ``_state`` and ``_load_state``.
 
     Args:
-        network: the source network; it is frozen (no parameter requires a gradient) and put in evaluation mode.
+        network: the source network; it is frozen (no parameter requires a gradient) and set to evaluation mode.
 
     Raises:
-        TypeError: for a TorchScript network, whose layers cannot be reached.
+        TypeError: for a TorchScript network, whose layers are not accessible, or a network that already adapts.
 
     Attributes:
         network: the frozen source network.
-        images_seen: number of images adapted to since the start of the stream; it seeds what is random.
+        images_seen: number of images adapted to since the start of the stream; it seeds random numbers.
         last: for each image of the latest call, a dict of plain values: what was done and what it cost.
         uncertainty: where the views of the latest call's images disagreed, (B, 1, \\*spatial) in [0, 1], see
-            :func:`mgipt_monai.networks.disagreement`; None before the first call, after one that failed, after
-            ``reset``, and for methods without ``has_uncertainty``. It is never saved.
+            :func:`mgipt_monai.networks.disagreement`; None before the first call, after a failed one, after ``reset``,
+            and for methods without ``has_uncertainty``. It is never saved.
     """
 
     aligned_layers: str | None = None
-    """Regular expression on the names of the norm layers that the method works with; None: all."""
+    """Regular expression on the names of the norm layers that the method uses; None: all."""
     statistics: SourceStatistics | None = None
-    """What the source looks like inside the network, where the network does not store it."""
+    """Source statistics for a network that does not store them."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class AdaptationMethod(nn.Module, ABC):
 
     @property
     def averaged(self) -> tuple[str, ...]:
-        """Names of the tensors in the adaptation state whose mean over several streams is a state to continue with."""
+        """Names of the tensors in the adaptation state that may be averaged over several streams."""
         return ()
 
     @property
@@ -106,28 +106,29 @@ class AdaptationMethod(nn.Module, ABC):
         return type(self).__name__
 
     def bind(self, network: nn.Module) -> None:
-        """Work on ``network`` from now on, with the adaptation state kept (a server may copy or reload its network)."""
+        """Switch to ``network`` and keep the adaptation state (a server may copy or reload its network)."""
         if isinstance(network, torch.jit.ScriptModule):
             raise TypeError(
-                "a TorchScript network cannot be adapted, its layers cannot be reached: load the Python network and "
-                "its weights instead (in a bundle: network_def and models/model.pt)"
+                "a TorchScript network cannot be adapted because its layers are not accessible: load the Python "
+                "network and its weights instead (in a bundle: network_def and models/model.pt)"
             )
         if isinstance(network, AdaptationMethod):
-            raise TypeError(f"{network.name} already adapts: give {self.name} its plain network")
+            raise TypeError(f"{network.name} already adapts: pass its plain network to {self.name}")
         self.network = network.eval().requires_grad_(False)
         self._bound()
 
     def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
-        """Run the network through an inferer from now on, for volumes that it does not take whole.
+        """Run the network through an inferer from now on, for volumes larger than the network's window.
 
         Args:
-            inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``. Prompts are those of the
-                whole image, so every window sees the same change.
-            windows: number of windows in which the alignment loss is measured (see
-                :class:`mgipt_monai.networks.alignment.windows.Windows`); a step costs as many forwards and backwards.
+            inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``. A prompt applies to the
+                whole image, and each window gets its part of the prompted image.
+            windows: maximum number of windows in which the alignment loss is measured (see
+                :class:`mgipt_monai.networks.alignment.windows.Windows`); a step takes one forward and one backward per
+                window.
 
         Raises:
-            TypeError: for another inferer, or a method that needs the whole image.
+            TypeError: for another inferer, or a method that needs whole images.
         """
         if not self.takes_windows and not isinstance(inferer, SimpleInferer):
             raise TypeError(
@@ -161,13 +162,13 @@ class AdaptationMethod(nn.Module, ABC):
             torch.autocast(device_type=plain.device.type, enabled=False),
         ):
             self.network.eval()
-            # a clone, since a tensor made under inference_mode cannot take part in a backward pass
+            # cloned: a tensor created in inference_mode cannot be used in a backward pass
             for one in plain.detach().clone().float().split(1):
                 prediction = self._adapt_and_predict(one)
                 if not torch.isfinite(prediction.logits).all():
                     raise ValueError("the prediction is not finite: check the network's weights")
                 done.append(prediction)
-                records.append({"index": self.images_seen, **prediction.record, **self._standing()})
+                records.append({"index": self.images_seen, **prediction.record, **self._state_record()})
                 self.images_seen += 1
         self.last = records
         maps = [prediction.uncertainty for prediction in done if prediction.uncertainty is not None]
@@ -181,11 +182,10 @@ class AdaptationMethod(nn.Module, ABC):
     def transaction(self, start: dict[str, Any] | None = None) -> Iterator[None]:
         """Restore the adaptation state if the block raises, so that a failure leaves no trace.
 
-        Transactions nest: the state is copied once, by the outermost one, and a failure at any depth restores the state
-        at its start.
+        Transactions nest: the outermost one copies the state once, and a failure at any depth restores that copy.
 
         Args:
-            start: the present :meth:`adaptation_state`, where the caller has a copy already; None makes one.
+            start: the current :meth:`adaptation_state`, if the caller already has a copy; None makes one.
 
         Example:
             >>> from mgipt_monai import MGIPT
@@ -212,13 +212,13 @@ class AdaptationMethod(nn.Module, ABC):
                 self._rollback = None
 
     def twin(self) -> Self:
-        """Return a copy with a state of its own around the same network."""
+        """Return a copy with its own state that shares the network."""
         twin = copy.deepcopy(self, {id(module): module for module in self.network.modules()})
         twin._rollback = None
         return twin
 
     def become(self, twin: Self) -> None:
-        """Take over all that a twin has of its latest image: state, records, prompts and uncertainty."""
+        """Take over everything from a twin: state, records, prompts and uncertainty."""
         rollback = self._rollback
         self.__dict__ = twin.__dict__
         self._rollback = rollback
@@ -230,16 +230,16 @@ class AdaptationMethod(nn.Module, ABC):
         return self
 
     def reset(self) -> None:
-        """Forget the stream: the next image is the first one again."""
+        """Forget the stream: the next image is the first of a new one."""
         self.images_seen = 0
         self.last = []
         self.uncertainty = None
         self._reset()
-        # the network may have got other weights since it was bound
+        # the network's weights may have changed since it was bound
         self._bound()
 
     def adaptation_state(self) -> dict[str, Any]:
-        """Return what lasts from image to image: a dict of tensors (copies, on the CPU) and plain types, no network."""
+        """Return what is kept between images: a dict of tensors (copies, on the CPU) and plain types, no network."""
         own = {"version": STATE_VERSION, "method": self.name, "images_seen": self.images_seen}
         return {**own, **self._state()}
 
@@ -250,7 +250,7 @@ class AdaptationMethod(nn.Module, ABC):
             state: a result of :meth:`adaptation_state`, from this method with the same settings.
 
         Raises:
-            ValueError: if the state does not fit, naming what differs; nothing is changed then.
+            ValueError: if the state does not fit; the message names the difference, and nothing is changed.
         """
         check_keys("adaptation state", state, {"version", "method", "images_seen", *self._state()})
         method = state["method"]
@@ -265,41 +265,41 @@ class AdaptationMethod(nn.Module, ABC):
         self.images_seen = state["images_seen"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # a checkpoint of the plain network loads into the method that stands in its place
+        # lets a checkpoint of the plain network load into the method that wraps it
         own = f"{prefix}{self._network_key}."
         for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
             state_dict[own + key[len(prefix) :]] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     _network_key = "network"
-    """Where the network's keys are in the method's state dict."""
+    """Prefix of the network's keys in the method's state dict."""
 
     def settings(self) -> dict[str, Any]:
         """Return the method's class and its settings as plain values."""
         return {"class": self.name, **plain_settings(self)}
 
     def prompt_maps(self) -> dict[str, Tensor]:
-        """Return the prompts that last, as they are now: name to factors (C, \\*sides); most methods have none."""
+        """Return the current prompts that are kept between images: name to factors (C, \\*sides); mostly none."""
         return {}
 
     def adapted_input(self, image: Tensor) -> Tensor:
-        """Return the latest image (1, C, \\*spatial) as the network saw it; most methods leave it as it is."""
+        """Return the latest image (1, C, \\*spatial) as passed to the network; most methods do not change it."""
         return image
 
     def source_norms(self) -> AlignedNorms:
-        """Return the norm layers that tell how far an image is from the source.
+        """Return the norm layers that measure how far an image is from the source.
 
         Raises:
-            ValueError: if the network stores no source statistics and the method was given none.
+            ValueError: if the network stores no source statistics and the method has none.
         """
         return AlignedNorms(self.network, self.aligned_layers, statistics=self.statistics, route=self.route)
 
     def signals(self, record: dict[str, Any]) -> dict[str, float]:
-        """Return what this method alone can tell a guard about the latest image, see :class:`Guard`."""
+        """Return the method's own signals for a guard about the latest image, see :class:`Guard`."""
         return {}
 
     def reserve(self, forwards: int) -> None:
-        """Leave room for additional forwards per image in the method's own limit of cost; most have no limit."""
+        """Reserve additional forwards per image within the method's cost limit; most methods have no limit."""
 
     @abstractmethod
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
@@ -309,8 +309,8 @@ class AdaptationMethod(nn.Module, ABC):
         """Return the ``forwards`` and ``backwards`` that the latest image has cost so far."""
         return {"forwards": 0, "backwards": 0}
 
-    def _standing(self) -> dict[str, Any]:
-        """Return what a record says of the adaptation state after the image."""
+    def _state_record(self) -> dict[str, Any]:
+        """Return what a record says about the adaptation state after the image."""
         return {}
 
     def _bound(self) -> None:
@@ -324,27 +324,27 @@ class AdaptationMethod(nn.Module, ABC):
         return {}
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        """Take over what ``_state`` returned; raise ValueError without changing anything if it does not fit."""
+        """Restore what ``_state`` returned; raise ValueError, without changing anything, if it does not fit."""
 
 
 def check_image(image: Tensor) -> None:
-    """Check a batch of images (B, C, \\*spatial) before anything is adapted to it.
+    """Check a batch of images (B, C, \\*spatial) before adapting to it.
 
     Raises:
-        ValueError: if it has no spatial axis, holds NaN or infinite values, or an image of it is constant.
+        ValueError: if it has no spatial axis, contains NaN or infinite values, or one of its images is constant.
     """
     if image.ndim < 3:
         raise ValueError(f"expected a batch of images (B, C, *spatial), got shape {tuple(image.shape)}")
     if not torch.isfinite(image).all():
         bad = int((~torch.isfinite(image)).sum())
-        raise ValueError(f"the image has {bad} NaN or infinite values: repair or leave out the file")
+        raise ValueError(f"the image has {bad} NaN or infinite values: repair the file or leave it out")
     values = image.flatten(1)
     if (values.amax(dim=1) == values.amin(dim=1)).any():
-        raise ValueError("the image is constant, there is nothing to adapt to: leave out the file")
+        raise ValueError("the image is constant, there is nothing to adapt to: leave the file out")
 
 
 def plain_settings(part: Any) -> dict[str, Any]:
-    """Return the public plain attributes of a method and of its parts, without those that are None.
+    """Return the public plain attributes of a method and of its parts, except those that are None.
 
     Args:
         part: an adaptation method that has seen no image, or a part of one.
@@ -368,14 +368,14 @@ def plain_settings(part: Any) -> dict[str, Any]:
 
 
 def build_part(kind: type[Part], given: Part | None, shared: dict[str, Any], own: dict[str, Any]) -> Part:
-    """Build a part of a method from the settings that are not None, unless one is given.
+    """Return the given part of a method, or build it from the settings that are not None.
 
     Raises:
-        ValueError: for settings beside a given part.
+        ValueError: if both a part and settings are given.
     """
     settings = {name: value for name, value in {**shared, **own}.items() if value is not None}
     if given is None:
         return kind(**settings)
     if settings:
-        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not beside it")
+        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not in addition to it")
     return given

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch-norm adaptation: the statistics of each image in place of the source's, or blended with them."""
+"""Batch-norm adaptation: each image's statistics replace the source's, or are blended with them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ __all__ = ["BatchNormAdaptation"]
 
 
 class BatchNormAdaptation(AdaptationMethod):
-    """Batch-norm statistics re-estimated from each image and blended with the source's.
+    """Batch-norm statistics estimated from each image and blended with the source's.
 
-    Adapts the mean and variance with which the norm layers normalise; no weight. Keeps nothing between images, so no
-    patient data. Cost: 1 F (one forward of the network).
+    Adapts the mean and variance with which the norm layers normalise, and no weight. Keeps nothing between images, so
+    no patient data. Cost: 1 F (one forward of the network).
 
     Source: Schneider et al., Improving robustness against common corruptions by covariate shift adaptation, NeurIPS
     2020 (the blend); Nado et al., arXiv 2006.10963 (``source_weight=0``), here for one image at a time.
 
     Args:
         network: the source network, with batch norm that stores its statistics.
-        source_weight: weight of the source's statistics in [0, 1]: 0 takes the image's own alone, 1 the source's.
+        source_weight: weight of the source's statistics in [0, 1]: 0 uses only the image's own, 1 only the source's.
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
 
     Raises:
@@ -49,6 +49,6 @@ class BatchNormAdaptation(AdaptationMethod):
         return Prediction(logits, {"forwards": self.norms.forwards, "backwards": 0})
 
     def _bound(self) -> None:
-        # other norm layers have no statistics to take the place of, so a file would not help
+        # other norm layers store no statistics to replace, so a statistics file would not help
         find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, route=self.route)

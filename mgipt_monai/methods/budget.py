@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of MGIPT fits into a limited number of forwards and backwards per image."""
+"""What MGIPT can do within a limited number of forwards and backwards per image."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Plan:
     """What is done for an image.
 
     Attributes:
-        instance_sizes: sides of the instance prompt, from the smallest.
+        instance_sizes: sides of the instance prompt, smallest first.
         steps: steps per size.
         global_sizes: sides of the global prompts.
-        checks: whether growth is checked by consistency, where there is more than one instance size.
+        checks: whether growth is checked by consistency, if there are several instance sizes.
         guarded: whether the image is also predicted without adaptation.
     """
 
@@ -33,12 +33,12 @@ class Plan:
 
     @property
     def compares(self) -> bool:
-        """Whether any two sizes are compared by consistency."""
+        """Whether sizes are compared by consistency."""
         return self.checks and len(self.instance_sizes) > 1
 
     @property
     def cost(self) -> int:
-        """The most forwards and backwards that an image takes; where growth stops early it takes fewer.
+        """Maximum number of forwards and backwards per image; fewer if growth stops early.
 
         Example:
             >>> Plan((1, 3, 5), 7, (3, 5, 7)).cost, Plan((), 7, ()).cost
@@ -50,7 +50,7 @@ class Plan:
         return tuning + comparing + max(1, views) + self.guarded
 
     def reduced(self) -> Plan:
-        """Return the plan with its most dispensable part left out, see :func:`plan`."""
+        """Return the plan without its least important part, see :func:`plan`."""
         if len(self.instance_sizes) > 1:
             return replace(self, instance_sizes=self.instance_sizes[:-1])
         if self.instance_sizes:
@@ -59,7 +59,7 @@ class Plan:
         return replace(self, global_sizes=tuple(size for size in self.global_sizes if size != largest))
 
     def lacks(self, whole: Plan) -> list[str]:
-        """Say in words what of a whole plan this one leaves out, in the order in which it was left out."""
+        """List the parts of a whole plan that this one leaves out, in the order in which they were left out."""
         words = [f"instance size {size}" for size in reversed(whole.instance_sizes[max(1, len(self.instance_sizes)) :])]
         if whole.compares and not self.compares:
             words.append("consistency check")
@@ -72,14 +72,14 @@ class Plan:
 
 
 def plan(max_forwards: int, whole: Plan) -> Plan:
-    """Return as much of a plan as ``max_forwards`` allows, known before any image.
+    """Return as much of a plan as ``max_forwards`` allows; the result depends on no image.
 
-    Left out are, one after the other until the cost fits: instance sizes from the largest until one is left, and with
-    them the consistency check; steps of the smallest size, one by one; that size itself; global sizes
-    from the largest. What is left at the end is the calibrated prediction alone.
+    Parts are left out in this order until the cost fits: instance sizes from the largest until one is left, and with
+    them the consistency check; steps of the smallest size, one by one; that size; global sizes from the largest. What
+    remains in the end is the calibrated prediction alone.
 
     Raises:
-        ValueError: if not even that fits, or ``max_forwards`` is no whole number.
+        ValueError: if not even that fits, or ``max_forwards`` is not a whole number.
 
     Example:
         >>> plan(30, Plan((1, 3, 5), 7, (3, 5, 7)))
@@ -101,7 +101,7 @@ def plan(max_forwards: int, whole: Plan) -> Plan:
 def fit(
     max_forwards: int, instance_prompt: InstancePrompt, global_prompts: GlobalPrompts, guarded: bool
 ) -> tuple[InstancePrompt, GlobalPrompts, list[str]]:
-    """Return copies of both prompts that keep to ``max_forwards``, and what was left out in words.
+    """Return copies of both prompts that stay within ``max_forwards``, and a list of what was left out.
 
     Raises:
         ValueError: as :func:`plan`.

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MGIPT, the paper's overview figure as code (arXiv 2602.05937).
+"""MGIPT, structured like the paper's overview figure (arXiv 2602.05937).
 
 For each image, in this order: the multi-scale global prompts take one step and their teachers follow (MGP, Eq. 5); an
 instance prompt is learnt from scratch and grown while growing helps (AIP, Eq. 3 and 4); the prompted views are
 predicted with calibrated normalisation (Eq. 6) and fused by their confidence (Eq. 7). Both kinds of prompts multiply
-low-frequency amplitudes (Eq. 1) and are tuned by the alignment loss (Eq. 2) of the frozen network's norm layers.
+low-frequency amplitudes (Eq. 1) and minimise the alignment loss (Eq. 2) at the frozen network's norm layers.
 """
 
 from __future__ import annotations
@@ -39,29 +39,31 @@ Tuning = Literal["instance", "released"]
 class MGIPT(AdaptationMethod):
     """Multi-scale Global-Instance Prompt Tuning (arXiv 2602.05937) around a frozen segmentation network.
 
-    Only the global prompts last from image to image: a few hundred numbers, nothing of an image. Cost with the default
-    sizes: 42 to 58 F (F is one forward of the network; a backward to the prompts counts as one more); a guard adds 1 F.
+    Only the global prompts are kept between images: a few hundred numbers and no image content. Cost with the default
+    sizes: 42 to 58 F (F is one forward of the network; a backward to the prompts counts as another F); a guard adds
+    1 F.
 
     Args:
-        network: any network with batch norm that stores its statistics, or any at all with ``statistics``; frozen, in
-            evaluation mode.
+        network: a network with batch norm that stores its statistics, or any network with ``statistics``; it is frozen
+            and set to evaluation mode.
         instance_prompt: AIP (Eq. 3 and 4); None builds one from ``lr``, ``steps`` and ``instance_sizes``.
         global_prompts: MGP (Eq. 5); None builds them from ``lr`` and ``global_sizes``.
-        ensemble: fuses the predictions (Eq. 7); None takes the published factors.
-        jitter: the view of the consistency check: a callable from image to image (1, C, \\*spatial). A MONAI
-            ``Randomizable`` is seeded with (seed, image index) for each image. None takes :class:`PhotometricJitter`.
-        statistics: what to align with where the network stores no statistics, or instead of them: a statistics file or
-            its content, see :func:`measure_source_statistics`. Whether it was measured with the network's weights is
-            checked at the first image after construction, :meth:`bind` or :meth:`reset`, not for each image.
+        ensemble: fuses the predictions (Eq. 7); None uses the published factors.
+        jitter: perturbation for the consistency check: a callable from image to image (1, C, \\*spatial). A MONAI
+            ``Randomizable`` is seeded with (seed, image index) for each image. None uses :class:`PhotometricJitter`.
+        statistics: source statistics to align with, if the network stores none or to replace the stored ones: a
+            statistics file or its content, see :func:`measure_source_statistics`. They must belong to the network's
+            weights, which is checked at the first image after construction, :meth:`bind` or :meth:`reset`, not for
+            each image.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
-        tuning: how the network normalises while prompts are tuned. ``instance`` is the paper's; ``released`` is
-            ``instance`` for the first image of a stream and ``calibrated`` from then on.
+        tuning: normalisation while prompts are tuned: ``instance`` as in the paper, or ``released``, which is
+            ``instance`` for the first image of a stream and ``calibrated`` afterwards.
         guard: decides for each image whether its adapted prediction is used and whether the global prompts learn from
             it; the method is then wrapped in :class:`mgipt_monai.methods.Guarded`. None always does both.
-        max_forwards: forwards and backwards that an image may cost at most; parts are left out to meet it, in the order
-            of :func:`mgipt_monai.methods.budget.plan`, and the record's ``dropped`` names them. None leaves nothing
-            out. For whole images or single slices only: the number of windows of a volume is not known before it.
+        max_forwards: maximum number of forwards and backwards per image. Parts are left out to meet it, in the order of
+            :func:`mgipt_monai.methods.budget.plan`, and listed in the record's ``dropped``. None leaves nothing out.
+            For whole images or single slices only, since the number of windows depends on the volume.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         seed: seeds the jitter.
         lr: learning rate of both prompts (0.05; 0.01 for polyps).
@@ -71,7 +73,7 @@ class MGIPT(AdaptationMethod):
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
-            image, for a statistics file of other weights.
+            image, for statistics that belong to other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -85,7 +87,7 @@ class MGIPT(AdaptationMethod):
     has_uncertainty = True
 
     def __new__(cls, *args: Any, guard: Guard | None = None, **settings: Any) -> Any:
-        """Build the method, inside a :class:`Guarded` if there is a guard."""
+        """Build the method, wrapped in :class:`Guarded` if there is a guard."""
         if guard is None:
             return super().__new__(cls)
         return Guarded(cls(*args, **settings), guard)
@@ -143,7 +145,7 @@ class MGIPT(AdaptationMethod):
         global_sizes: Sequence[int] = (3, 5, 7),
         **settings: Any,
     ) -> MGIPT:
-        """Build the method with every choice as in the released code, optic disc/cup setting.
+        """Build the method with all choices of the released code, optic disc/cup setting.
 
         For polyps (352 x 352): ``lr=0.01, steps=6, global_sizes=(1, 2, 3)`` and the encoder's name pattern as
         ``aligned_layers``. Other settings as for the class.
@@ -189,7 +191,7 @@ class MGIPT(AdaptationMethod):
         return self.norms.loss(prompted, self._tuning_normalization("instance"))
 
     def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
-        """Return how much the prediction changes with a jittered view (Eq. 4), both under the prompt."""
+        """Return how much the prediction under the prompt changes when the image is jittered (Eq. 4)."""
         with torch.no_grad():
             views = torch.cat([prompt(image), prompt(self.jitter(image))])
             logits = self.norms.predict_windows(views, self._tuning_normalization("calibrated"))
@@ -197,7 +199,7 @@ class MGIPT(AdaptationMethod):
             return consistency_score(plain, jittered, self.head)
 
     def _tuning_normalization(self, paper: Normalization) -> Normalization:
-        """Return the paper's normalisation, or that of the released code in its place."""
+        """Return the paper's normalisation, or with ``released`` that of the released code."""
         if self.tuning == "instance":
             return paper
         return "instance" if self.images_seen == 0 else "calibrated"
@@ -209,19 +211,19 @@ class MGIPT(AdaptationMethod):
 
     @property
     def _has_prompts(self) -> bool:
-        """Whether there is any prompt: a limit of cost may leave none."""
+        """Whether there is any prompt: ``max_forwards`` may leave none."""
         return bool(self.instance_prompt.sizes or self.global_prompts.sizes)
 
     @property
     def _shows_instance(self) -> bool:
-        """Whether one view is that of the instance prompt or, without any prompt, the image as it is."""
+        """Whether one view is that of the instance prompt or, without any prompt, the unprompted image."""
         return bool(self.instance_prompt.sizes) or not self.global_prompts.sizes
 
     def reserve(self, forwards: int) -> None:
-        """Leave room for additional forwards per image in ``max_forwards``.
+        """Reserve additional forwards per image within ``max_forwards``.
 
         Raises:
-            ValueError: if that leaves less than one forward for the prediction.
+            ValueError: if that leaves no forward for the prediction.
         """
         if self.max_forwards is not None:
             self.instance_prompt, self.global_prompts, self._dropped = fit(
@@ -232,12 +234,12 @@ class MGIPT(AdaptationMethod):
         """Run the network through an inferer from now on (see :class:`AdaptationMethod`).
 
         Raises:
-            ValueError: with ``max_forwards``, for an inferer of windows.
+            ValueError: with ``max_forwards``, for an inferer that uses windows.
         """
         if self.max_forwards is not None and not isinstance(inferer, SimpleInferer):
             raise ValueError(
-                f"max_forwards={self.max_forwards} cannot be kept through a {type(inferer).__name__}, whose windows "
-                "depend on the image: set max_forwards to None, or use a SimpleInferer"
+                f"max_forwards={self.max_forwards} cannot be guaranteed with a {type(inferer).__name__}, whose number "
+                "of windows depends on the image: set max_forwards to None, or use a SimpleInferer"
             )
         super().predict_through(inferer, windows)
 
@@ -248,12 +250,12 @@ class MGIPT(AdaptationMethod):
         return {" x ".join(map(str, teacher.shape[2:])) + place: teacher[0] for teacher in teachers}
 
     def adapted_input(self, image: Tensor) -> Tensor:
-        """Return the latest image under its instance prompt or, without one, under the smallest global prompt."""
+        """Return the latest image with its instance prompt or, without one, with the smallest global prompt."""
         with torch.no_grad():
             return self.instance_prompt(image) if self._shows_instance else self.global_prompts(image)[:1]
 
     def signals(self, record: dict[str, Any]) -> dict[str, float]:
-        """Return how far the prompts are from one, and what tuning did for the loss and the consistency."""
+        """Return how far the prompts are from 1, and how tuning changed the loss and the consistency."""
         drift = self.global_prompts.largest_change
         signals = {"prompt": drift, "drift": drift}
         if self.instance_prompt.sizes:
@@ -265,7 +267,7 @@ class MGIPT(AdaptationMethod):
 
     @property
     def averaged(self) -> tuple[str, ...]:
-        """The global prompts: students hold what was learnt, and teachers averaged alone would jump back to theirs."""
+        """Students and teachers: if only the teachers were averaged, they would jump back to their own students."""
         return ("students", "teachers") if self.global_prompts.sizes else ()
 
     def source_norms(self) -> AlignedNorms:
@@ -275,7 +277,7 @@ class MGIPT(AdaptationMethod):
     def _cost(self) -> dict[str, int]:
         return {"forwards": self.norms.forwards, "backwards": self._backwards}
 
-    def _standing(self) -> dict[str, Any]:
+    def _state_record(self) -> dict[str, Any]:
         distances = [(teacher - 1).norm().item() for teacher in self.global_prompts.teachers]
         dropped = {} if self.max_forwards is None else {"dropped": self._dropped}
         return {"prompt_norm": math.hypot(*distances), **dropped}

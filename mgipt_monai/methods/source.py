@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No adaptation: what every method must be better than."""
+"""No adaptation: the baseline for all methods."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["Source"]
 
 
 class Source(AdaptationMethod):
-    """The source network as it is, behind the interface of the adaptation methods.
+    """The unadapted source network, behind the interface of the adaptation methods.
 
-    Adapts nothing, keeps nothing between images, costs one forward per image.
+    Adapts nothing and keeps nothing between images. Cost: 1 F (one forward of the network).
 
     Args:
         network: the source network.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""VPTTA, the predecessor of MGIPT: one prompt per image, started from those of similar images in a memory."""
+"""VPTTA, the predecessor of MGIPT: one prompt per image, initialised from those of similar images in a memory."""
 
 from __future__ import annotations
 
@@ -23,38 +23,40 @@ __all__ = ["VPTTA"]
 Start = Literal["memory", "latest"]
 
 TEMPERATURE = 0.2
-"""Of the softmax over the similarities of the neighbours."""
+"""Temperature of the softmax over the neighbours' similarities."""
 
 
 class VPTTA(AdaptationMethod):
     """Visual prompt-based test-time adaptation (Chen et al., "Each Test Image Deserves A Specific Prompt", CVPR 2024).
 
     Adapts one low-frequency amplitude prompt per image, by one Adam step on the alignment loss; the network is frozen.
-    Layers normalise with, and are aligned with, a blend of the source's statistics and the image's, in which the n-th
-    image of the stream has the share ``1 / (sqrt(n) / warm_n + 1)``. Cost: 2 forwards and 1 backward per image.
+    Layers normalise with, and are aligned with, a blend of source and image statistics, in which the n-th image of the
+    stream has the weight ``1 / (sqrt(n) / warm_n + 1)``. Cost: 2 forwards and 1 backward per image.
 
     Keeps between images, for the latest ``memory_size`` images, the tuned prompt and the amplitudes of the image's
-    lowest frequencies: **a trace of each of these patients' images**, which the state file holds too. Adam's moments
-    last along the stream as well.
+    lowest frequencies: **a trace of each of these patients' images**, which the state file contains as well. Adam's
+    moments are also kept along the stream.
 
     Args:
-        network: any network with batch norm that stores its statistics, or any at all with ``statistics``; frozen, in
-            evaluation mode.
+        network: a network with batch norm that stores its statistics, or any network with ``statistics``; it is frozen
+            and set to evaluation mode.
         lr: learning rate (0.05; 0.01 for polyps).
         betas: Adam's betas.
         side: side of the prompt; the released rule is ``max(1, int(image_side * 0.01))``.
-        memory_size: images remembered, first in, first out.
-        neighbours: how many of them a prompt is started from; a prompt starts at ones until as many are remembered.
-        warm_n: the greater, the slower the blend moves from the image's statistics to the source's.
+        memory_size: number of images remembered, first in, first out.
+        neighbours: number of remembered images that a prompt is initialised from; prompts start at ones until that many
+            are remembered.
+        warm_n: the larger, the more slowly the blend moves from the image's statistics to the source's.
         centred: whether the prompt's block is centred on the zero frequency (see :class:`LowFrequencies`).
-        start: what a prompt starts from once there are enough neighbours: ``memory`` is the published mix of the
-            prompts of the most similar images, ``latest`` the previous image's prompt (see :meth:`released`).
-        statistics: a statistics file or its content, see :class:`MGIPT`; its part of the blend is the source's.
+        start: initial prompt once there are enough neighbours: ``memory`` is the published mix of the prompts of the
+            most similar images, ``latest`` the previous image's prompt (see :meth:`released`).
+        statistics: a statistics file or its content, see :class:`MGIPT`; it is the source's part of the blend that
+            layers are aligned with.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
-            image, for a statistics file of other weights.
+            image, for statistics that belong to other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -100,10 +102,11 @@ class VPTTA(AdaptationMethod):
 
     @classmethod
     def released(cls, network: nn.Module, *, image_side: int = 512, **overrides: Any) -> VPTTA:
-        """Build the method that gives the outputs of the released code (run on a CPU), for images of ``image_side``.
+        """Build the method that reproduces the outputs of the released code (run on a CPU), for ``image_side``.
 
-        The prompt's block lies one step off centre. From the 17th image on those outputs come from prompts that start
-        where the previous one ended, as if every prompt in the memory were the latest; ``start="memory"`` is the mix.
+        The prompt's block is one step off centre. From the 17th image on, the released code starts each prompt where
+        the previous one ended, as if every prompt in the memory were the latest; ``start="memory"`` gives the published
+        mix.
         """
         released = {"side": max(1, int(image_side * 0.01)), "centred": False, "start": "latest"}
         return cls(network, **{**released, **overrides})
@@ -113,7 +116,7 @@ class VPTTA(AdaptationMethod):
         return {"latest": self.prompts[-1][0].cpu()} if self.prompts else {}
 
     def adapted_input(self, image: Tensor) -> Tensor:
-        """Return the latest image under its prompt."""
+        """Return the latest image with its prompt."""
         return LowFrequencies(image, self.side, self.centred).apply(self.prompts[-1])
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
@@ -123,7 +126,7 @@ class VPTTA(AdaptationMethod):
 
         low = LowFrequencies(image, self.side, self.centred)
         amplitude = low.coefficients.abs()
-        prompt = self._start(amplitude).requires_grad_()
+        prompt = self._initial_prompt(amplitude).requires_grad_()
         loss, (gradient,) = loss_gradients(lambda x: self.norms.loss(x, "calibrated"), low.apply(prompt), prompt)
         check_tuning(loss, gradient)
         prompt = self._adam_step(prompt, gradient)
@@ -134,12 +137,12 @@ class VPTTA(AdaptationMethod):
         self.prompts = [*self.prompts, prompt][-self.memory_size :]
         return Prediction(logits, {"loss_before": loss.item(), "memory": len(self.prompts), **self._cost()})
 
-    def _start(self, amplitude: Tensor) -> Tensor:
+    def _initial_prompt(self, amplitude: Tensor) -> Tensor:
         """Return the prompt that this image's tuning starts from."""
         if self.prompts and self.prompts[0].shape != amplitude.shape:
             raise ValueError(
-                f"this image takes a prompt of shape {tuple(amplitude.shape)}, the stream's have "
-                f"{tuple(self.prompts[0].shape)}: convert it, or start a new stream with reset()"
+                f"this image needs a prompt of shape {tuple(amplitude.shape)}, the stream's have "
+                f"{tuple(self.prompts[0].shape)}: convert the image, or start a new stream with reset()"
             )
         if len(self.prompts) < self.neighbours:
             return torch.ones_like(amplitude)
@@ -150,7 +153,7 @@ class VPTTA(AdaptationMethod):
         return torch.tensordot(torch.softmax(similarity / TEMPERATURE, dim=0), prompts[nearest], dims=1)[None]
 
     def _adam_step(self, prompt: Tensor, gradient: Tensor) -> Tensor:
-        """Return the prompt after one step of the Adam that lasts along the stream, whatever prompt it is given."""
+        """Return the prompt after one Adam step, with moments that are kept along the stream."""
         moments = [moment.to(prompt.device, copy=True) for moment in self.moments]
         first, second = moments or (torch.zeros_like(gradient), torch.zeros_like(gradient))
         adam = torch.optim.Adam([prompt], lr=self.lr, betas=self.betas)

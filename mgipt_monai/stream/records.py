@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The per-image records of a stream, and beside them which run made them, with names hidden on request."""
+"""The per-image records of a stream and the runs that wrote them, optionally with hidden names."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ __all__ = ["AuditTrail", "Identifiers", "RecordFile", "in_words", "json_types"]
 
 
 class RecordFile:
-    """A JSON Lines file that grows by one line per image.
+    """A JSON Lines file with one line per image.
 
-    Each line has ``name``, ``site``, ``round`` where the stream has rounds, ``status`` (``ok`` or ``failed``),
-    ``reason`` if it failed, ``seconds``, the metrics where there is a label, and what the method did (see the method's
-    ``last``).
+    Each line has ``name``, ``site``, ``round`` if the stream has rounds, ``status`` (``ok`` or ``failed``), ``reason``
+    if it failed, ``seconds``, the metrics if there is a label, and what the method did (see the method's ``last``).
 
     Args:
-        path: the file; it is made with the first line.
+        path: the file; created with the first line.
 
     Example:
         >>> import tempfile
@@ -41,34 +40,36 @@ class RecordFile:
         self.path = Path(path)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one line; values that JSON does not know (NaN, infinite) become null."""
+        """Write one line; values that JSON cannot represent (NaN, infinity) become null."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(json_types(row), allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all whole lines; a last line cut off by a crash is left out."""
+        """Return all complete lines; a last line cut off by a crash is left out."""
         if not self.path.is_file():
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")
         return [json.loads(line) for line in lines[:-1] if line]
 
     def keep(self, count: int) -> list[dict[str, Any]]:
-        """Cut the file to its first ``count`` lines and return them.
+        """Truncate the file to its first ``count`` lines and return them.
 
         Raises:
             ValueError: if there are fewer.
         """
         rows = self.read()[:count]
         if len(rows) < count:
-            raise ValueError(f"{self.path} has {len(rows)} of the {count} records of the stream to resume: start anew")
+            raise ValueError(
+                f"{self.path} has only {len(rows)} of the {count} records of the stream to resume: start a new stream"
+            )
         with atomic_path(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return rows
 
 
 def in_words(row: dict[str, Any]) -> str:
-    """Say one record in a line for the log.
+    """Describe one record in a line for the log.
 
     Example:
         >>> in_words({"name": "A/eye", "status": "ok", "seconds": 0.5, "forwards": 25, "backwards": 17})
@@ -86,7 +87,7 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def json_types(value: Any) -> Any:
-    """Return nested dicts and lists as JSON has them: keys are texts, numbers that JSON does not know are null.
+    """Convert nested dicts and lists to JSON types: keys become strings, NaN and infinity become None.
 
     Example:
         >>> json_types({"consistency": {1: float("nan"), 3: 0.5}})
@@ -105,21 +106,21 @@ Identifiers = Literal["names", "hashed"]
 
 
 class AuditTrail:
-    """Writes the records of a stream, and beside them what its runs were.
+    """Writes the records of a stream and, in a second file, information about its runs.
 
-    Each record gets ``time`` (UTC, when the image was done) and ``run``, a number from 1. ``<records>.runs.json`` says
-    of each run ``started``, ``first`` (place in the stream of its first image, from 0), ``identifiers``, ``weights``
-    (fingerprint of the source network), ``settings`` of the method and ``versions``. A run without images is not
-    in it.
+    Each record gets ``time`` (UTC, when the image was done) and ``run``, a number from 1. For each run,
+    ``<records>.runs.json`` holds ``started``, ``first`` (position in the stream of its first image, from 0),
+    ``identifiers``, ``weights`` (fingerprint of the source network), the method's ``settings`` and ``versions``. A run
+    without images is not listed.
 
     Args:
         path: the record file, see :class:`mgipt_monai.RecordFile`.
-        identifiers: ``names`` writes the images' names, ``hashed`` writes 16 hexadecimal digits instead, also in the
-            reasons of failed images, from a random key in ``<records>.key`` (see
-            :class:`mgipt_monai.stream.pseudonyms.Pseudonyms`). Names of sites stay.
+        identifiers: ``names`` writes the images' names; ``hashed`` replaces them with 16 hexadecimal digits, also in
+            the reasons of failed images, using a random key in ``<records>.key`` (see
+            :class:`mgipt_monai.stream.pseudonyms.Pseudonyms`). Site names are kept.
 
     Raises:
-        ValueError: at construction, for other identifiers.
+        ValueError: at construction, for unknown ``identifiers``.
     """
 
     def __init__(self, path: str | os.PathLike, identifiers: Identifiers = "names") -> None:
@@ -131,23 +132,23 @@ class AuditTrail:
         self._run: int | None = None
 
     def keep(self, count: int) -> list[dict[str, Any]]:
-        """Cut the file to the records of the first ``count`` images and return them; 0 forgets the runs too.
+        """Truncate the file to the records of the first ``count`` images and return them; 0 removes the runs too.
 
         Raises:
-            ValueError: if there are fewer, or names were written in the other way.
+            ValueError: if there are fewer, or the names were written with other ``identifiers``.
         """
         if count == 0:
             self.runs_path.unlink(missing_ok=True)
         for run in self._runs().values():
             if run["identifiers"] != self.identifiers:
                 raise ValueError(
-                    f"{self.file.path} was begun with identifiers={run['identifiers']!r}: resume with the same, or "
-                    "start anew"
+                    f"{self.file.path} was started with identifiers={run['identifiers']!r}: resume with the same, or "
+                    "start a new stream"
                 )
         return self.file.keep(count)
 
     def begin(self, method: AdaptationMethod, first: int) -> None:
-        """Begin a run of ``method`` at the image with the place ``first`` in the stream; 0 starts the files anew."""
+        """Start a run of ``method`` at position ``first`` of the stream; 0 starts new files."""
         if first == 0:
             self.keep(0)
         self._run = None
@@ -165,7 +166,7 @@ class AuditTrail:
 
         Args:
             row: the record, with the image's name.
-            names: other names of the image, such as its files, that a reason could hold.
+            names: other names of the image, such as its file names, that the reason may contain.
         """
         run = self._note_run() if self._run is None else self._run
         if self.identifiers == "hashed":
@@ -173,7 +174,7 @@ class AuditTrail:
         self.file.append({**row, "time": now(), "run": run})
 
     def shown(self, name: str) -> str:
-        """Return a name as the records have it."""
+        """Return a name as it appears in the records."""
         return self._pseudonyms.of(name) if self.identifiers == "hashed" else name
 
     def _hidden(self, row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -193,5 +194,5 @@ class AuditTrail:
 
 
 def now() -> str:
-    """Return the time as ISO 8601 in UTC, to the second."""
+    """Return the current time in UTC, as ISO 8601 to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

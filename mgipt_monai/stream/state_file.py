@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one file of a stream: its adaptation state, where it stands, what it belongs to, and what to go back to."""
+"""The state file of a stream: adaptation state, position, weights and settings it belongs to, and snapshots."""
 
 from __future__ import annotations
 
@@ -21,16 +21,15 @@ KEYS = {"schema", "version", "weights", "settings", "adaptation", "position", "s
 
 
 class StreamFile:
-    """A stream's state on disk: tensors and plain types, whole or absent, for one process at a time.
+    """A stream's state on disk: tensors and plain types, written atomically, used by one process at a time.
 
-    It holds the adaptation state, how many images of the stream are done, the latest site's name, the fingerprint of
-    the source weights, the method's settings, and the latest snapshots. Its size does not depend on how many images
-    were seen.
+    It holds the adaptation state, the number of images done, the latest site's name, the fingerprint of the source
+    weights, the method's settings, and the latest snapshots. Its size does not depend on the number of images seen.
 
     Args:
-        path: the file; ``<path>.lock`` beside it is held while a process adapts.
-        snapshot_every: images between two snapshots; a new site makes one as well.
-        snapshots: how many are kept, the oldest goes first; 0 keeps none.
+        path: the file; a process that adapts holds the lock ``<path>.lock``.
+        snapshot_every: number of images between two snapshots; a new site adds one as well.
+        snapshots: number of snapshots to keep, dropping the oldest first; 0 keeps none.
 
     Raises:
         ValueError: at construction, for ``snapshot_every`` below 1 or ``snapshots`` below 0.
@@ -58,38 +57,39 @@ class StreamFile:
         self._weights: str | None = None
 
     def exists(self) -> bool:
-        """Whether there is a state to go on with."""
+        """Whether there is a state to continue from."""
         return self.path.is_file()
 
     def acquire(self) -> None:
-        """Keep other processes from adapting with this file until :meth:`release`, or until this process ends.
+        """Lock the file against other processes until :meth:`release`, or until this process ends.
 
         Raises:
-            RuntimeError: if another process does.
+            RuntimeError: if another process holds the lock.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise RuntimeError(
-                f"another process adapts with {self.path}: give each stream its own state file, or wait for its end"
+                f"another process adapts with {self.path}: give each stream its own state file, or wait until that "
+                "process ends"
             ) from error
 
     def release(self) -> None:
-        """Let other processes have the file."""
+        """Release the lock."""
         self._lock.release()
 
     def start(self, method: AdaptationMethod) -> None:
-        """Begin a stream anew: no snapshots, the method's network as it is now."""
+        """Start a new stream without snapshots, for the current weights of the method's network."""
         self._kept, self._weights = [], fingerprint(method.network)
 
     def load(self, method: AdaptationMethod) -> dict[str, Any]:
-        """Bring a method to where the stream stands, and return the file's content.
+        """Load the stream's state into a method, and return the file's content.
 
         Raises:
             FileNotFoundError: if there is no file.
-            ValueError: if it is no stream's state, or belongs to other weights, another method or other settings,
-                naming which; the method is unchanged then.
+            ValueError: if it is not a stream's state, or was made with other weights, another method or other settings;
+                the message names the difference, and the method is unchanged.
         """
         self._weights = fingerprint(method.network)
         content = read(self.path)
@@ -107,7 +107,7 @@ class StreamFile:
         try:
             method.load_adaptation_state(content["adaptation"])
         except ValueError as error:
-            raise ValueError(f"{self.path} cannot be gone on with: {error}; remove it to start anew") from error
+            raise ValueError(f"cannot continue from {self.path}: {error}; remove it to start a new stream") from error
         self._kept = content["snapshots"]
         return content
 
@@ -116,28 +116,27 @@ class StreamFile:
 
         Args:
             method: the method that adapts.
-            state: ``adaptation`` (its state), ``position`` (images of the stream that are done) and ``site`` (of the
-                latest image).
+            state: ``adaptation`` (its state), ``position`` (number of images done) and ``site`` (of the latest image).
         """
         own = {"schema": SCHEMA, "version": VERSION, "settings": method.settings()}
         own["weights"] = self._weights = self._weights or fingerprint(method.network)
         save_state({**own, **state, "snapshots": self._kept}, self.path)
 
     def snapshot(self, state: dict[str, Any], always: bool = False) -> None:
-        """Keep a state as given to :meth:`save` to go back to, if ``snapshot_every`` images have passed, or always."""
+        """Keep a state (see :meth:`save`) as a snapshot, every ``snapshot_every`` images or ``always``."""
         passed = state["position"] - (self._kept[-1]["position"] if self._kept else 0)
         if self.snapshots and passed >= (1 if always else self.snapshot_every):
             self._kept = [*self._kept, state][-self.snapshots :]
 
     def rollback(self, to: int) -> None:
-        """Make an earlier state the current one; the images after it count as not seen, their records stay.
+        """Make a snapshot the current state; the images after it count as not seen, their records stay.
 
         Args:
-            to: the images that were done then: a snapshot's ``position``.
+            to: a snapshot's ``position``: the number of images done at that time.
 
         Raises:
             RuntimeError: if another process adapts with the file.
-            ValueError: if there is no such snapshot, naming those there are.
+            ValueError: if there is no such snapshot; the message lists the existing ones.
         """
         self.acquire()
         try:
@@ -157,22 +156,22 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is something else, or of another version.
+        ValueError: if it is not a stream file, or has another version.
     """
     content = load_state(path)
     if not isinstance(content.get("schema"), str) or content["schema"] != SCHEMA or set(content) != KEYS:
-        raise ValueError(f"{path} is not a stream's state: remove it to start anew")
+        raise ValueError(f"{path} is not a stream's state: remove it to start a new stream")
     if not isinstance(content["version"], int) or content["version"] != VERSION:
         raise ValueError(f"{path} is of version {content['version']}, this mgipt_monai reads version {VERSION}")
     try:
         check_content(content)
     except ValueError as error:
-        raise ValueError(f"{path} is not a stream's state ({error}): remove it to start anew") from error
+        raise ValueError(f"{path} is not a stream's state ({error}): remove it to start a new stream") from error
     return content
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:
-    """Say in words where two nested dicts of plain settings differ."""
+    """Describe where two nested dicts of plain settings differ."""
     if isinstance(one, dict) and isinstance(other, dict):
         keys = dict.fromkeys([*one, *other])
         return [d for k in keys for d in differences(one.get(k), other.get(k), f"{name}.{k}" if name else k)]
@@ -180,9 +179,9 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
 
 
 def change(one: Any, other: Any) -> dict[str, float]:
-    """Return, for each list of tensors in two adaptation states, the largest absolute difference of their numbers.
+    """Return, for each list of tensors in two adaptation states, the largest absolute difference.
 
-    Lists that only one of them has, or of other shapes, count as infinitely far.
+    Lists that are missing in one of them, or have different shapes, count as infinitely far apart.
     """
     far = {}
     for key in dict.fromkeys([*one, *other]):
@@ -196,17 +195,17 @@ def change(one: Any, other: Any) -> dict[str, float]:
 
 
 DEPTH = 8
-"""How deep settings may be nested; a file's own are three deep."""
+"""Maximum nesting depth of settings; those of the methods have three levels."""
 
 
 def check_content(content: dict[str, Any]) -> None:
-    """Check the types of all that a stream file holds, except what only its method can judge.
+    """Check the types of everything in a stream file, except what only its method can check.
 
     Raises:
-        ValueError: naming the entry that is something else.
+        ValueError: for an entry of another type; the message names it.
     """
     if not isinstance(content["weights"], str):
-        raise ValueError(f"weights must be a text, got {type(content['weights']).__name__}")
+        raise ValueError(f"weights must be a string, got {type(content['weights']).__name__}")
     if not isinstance(content["settings"], dict) or not _is_plain(content["settings"]):
         raise ValueError("settings must be a dict of plain values")
     if not isinstance(content["snapshots"], list):
@@ -216,7 +215,7 @@ def check_content(content: dict[str, Any]) -> None:
         check_number("position", state["position"], least=0, whole=True)
         check_keys("adaptation", state["adaptation"], set())
         if not (state["site"] is None or isinstance(state["site"], (str, int))):
-            raise ValueError(f"site must be a text or a whole number, got {type(state['site']).__name__}")
+            raise ValueError(f"site must be a string or a whole number, got {type(state['site']).__name__}")
 
 
 def _is_plain(value: Any, depth: int = DEPTH) -> bool:

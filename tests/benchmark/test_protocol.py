@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol's command: both published ones on miniature sites, and what it says where something is missing."""
+"""The protocol command: both published protocols on miniature sites, and its errors if something is missing."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SITES = {name: yaml.safe_load(path.read_text())["sites"] for name, path in PROTO
 
 @pytest.fixture(scope="module")
 def camera(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One site of two photographs of 64 px, with masks."""
+    """Return one site of two photographs of 64 px with masks."""
     folder = tmp_path_factory.mktemp("camera")
     write_demo_stream(folder, [CAMERAS["cold_noisy"]], count=2, size=64)
     return folder / "cold_noisy"
@@ -86,7 +86,7 @@ def test_a_published_protocol_runs_on_miniature_sites(name: str, camera: Path, t
 
 
 def small(tmp_path: Path, camera: Path, **settings: Any) -> dict[str, Any]:
-    """Settings of a protocol over two sites with the bundle's own network, random weights in it."""
+    """Return settings of a protocol over two sites with the bundle's network and random weights."""
     parser = ConfigParser(ConfigParser.load_config_files(str(CONFIGS / "inference.yaml")))
     network = parser.get_parsed_content("network_def")
     return {
@@ -116,7 +116,7 @@ def test_each_site_is_the_source_once_and_a_finished_run_is_not_run_again(camera
     assert len(written) == 6
     assert run_protocol(**settings) == table
     assert {path: path.read_bytes() for path in out.rglob("records.jsonl")} == written
-    # fewer rows later are fewer in the table, whatever an earlier run left
+    # rows of an earlier run that are not run again are not in the table
     assert "aip_only" not in run_protocol(**{**settings, "variants": (), "sources": ["a"]})
 
 

@@ -99,7 +99,7 @@ def test_inferer_that_cannot_be_replaced_is_an_error(mgipt: MGIPT) -> None:
     ("settings", "message"),
     [
         ({"resume": True}, "state_path"),
-        ({"resume": True, "state_path": "a.pt", "start_from": "b.pt"}, "give one of them"),
+        ({"resume": True, "state_path": "a.pt", "start_from": "b.pt"}, "set only one of them"),
         ({"save_every": 0}, "got 0"),
     ],
 )

@@ -100,7 +100,7 @@ def test_impossible_budget_is_an_error_at_construction(budget: float, guard: Gua
 
 def test_windows_are_refused_and_single_slices_are_not() -> None:
     mgipt = MGIPT(tiny_network(), max_forwards=30)
-    with pytest.raises(ValueError, match=r"max_forwards=30 cannot be kept through a SlidingWindowInferer"):
+    with pytest.raises(ValueError, match=r"max_forwards=30 cannot be guaranteed with a SlidingWindowInferer"):
         mgipt.predict_through(SlidingWindowInferer((8, 8)))
     slices = AdaptiveInferer(mgipt, SliceInferer(roi_size=(24, 24), spatial_dim=2), slices="own")
     volume = torch.stack(stream(2), dim=-1)

@@ -75,7 +75,7 @@ def test_prompt_starts_from_a_mix_of_the_most_similar_images_prompts() -> None:
     vptta.prompts = [torch.full((1, 3, 1, 1), value) for value in (1.0, 9.0, 2.0)]
     weights = np.exp([0.6 / 0.2, 1 / 0.2])  # cosines of the first and the last, the two nearest
     expected = (weights @ [1.0, 2.0]) / weights.sum()
-    start = vptta._start(torch.tensor([5.0, 0.0, 0.0]).view(1, 3, 1, 1))
+    start = vptta._initial_prompt(torch.tensor([5.0, 0.0, 0.0]).view(1, 3, 1, 1))
     torch.testing.assert_close(start, torch.full((1, 3, 1, 1), expected, dtype=torch.float32))
 
 

@@ -59,7 +59,7 @@ def test_a_mistake_at_the_boundary_costs_more_than_one_far_from_it() -> None:
     mask = square(64)
     right = 20 * mask - 10
     costs = []
-    for row, column in ((5, 12), (60, 60)):  # beside the square, and far away
+    for row, column in ((5, 12), (60, 60)):  # near the square, and far away
         wrong = right.clone()
         wrong[..., row, column] = 10
         costs.append(BoundaryWeightedLoss()(wrong, mask))

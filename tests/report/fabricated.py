@@ -39,16 +39,16 @@ def fabricate(
     """Write records, results, times and pictures.
 
     Args:
-        folder: where to.
-        gains: method to its mean gain in DSC; 0 for the baseline. Those whose name begins with mgipt have prompts.
-        images: per site.
-        rounds: of the stream.
+        folder: folder to write to.
+        gains: method to its mean gain in DSC; 0 for the baseline. Methods whose name starts with mgipt have prompts.
+        images: number of images per site.
+        rounds: rounds of the stream.
         baseline: one of the methods, or None.
-        sites: of the stream.
-        failed: images that the last method failed at, in the first round.
+        sites: sites of the stream.
+        failed: images with which the last method failed in the first round.
         prompts: whether there are prompts and their sizes.
         pictures: whether there are pictures.
-        seed: of all numbers.
+        seed: seed of all numbers.
     """
     rng = np.random.default_rng(seed)
     names = {f"{site}/eye_{i:03d}": site for site in sites for i in range(images)}

@@ -127,7 +127,7 @@ def test_hashed_names_need_the_key(tmp_path: Path) -> None:
 
 def test_resuming_tells_another_stream_and_other_identifiers(tmp_path: Path) -> None:
     run(tmp_path, items(2), identifiers="hashed")
-    with pytest.raises(ValueError, match="begun with identifiers='hashed'"):
+    with pytest.raises(ValueError, match="started with identifiers='hashed'"):
         run(tmp_path, items(3), resume=True)
     with pytest.raises(ValueError, match="the stream has changed"):
         run(tmp_path, items(3)[::-1], resume=True, identifiers="hashed")

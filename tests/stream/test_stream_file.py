@@ -187,7 +187,7 @@ def test_second_process_gets_a_clear_error_and_a_killed_one_leaves_no_lock(tmp_p
 def test_lock_is_let_go_after_a_run_and_after_a_refused_start(tmp_path: Path) -> None:
     run(tmp_path, 2)
     (tmp_path / "records.jsonl").unlink()
-    with pytest.raises(ValueError, match="start anew"):
+    with pytest.raises(ValueError, match="start a new stream"):
         run(tmp_path, 3)
     assert run(tmp_path, 3, resume=False).images_seen == 3
 

@@ -12,7 +12,7 @@ from tests.conftest import tiny_network
 
 
 class Holder(nn.Module):
-    """A network of tensors of any type."""
+    """A network with tensors of any data type."""
 
     def __init__(self, **tensors: torch.Tensor) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def test_every_tensor_counts(key: str) -> None:
 
 
 def test_it_never_changes() -> None:
-    # files made today are to be good tomorrow
+    # existing files must remain valid
     network = Holder(b=torch.arange(3), a=torch.tensor([[1.5]]))
     assert fingerprint(network) == "0ce425501010abc52e0d3c4bdbfec6731dc0fe2d120f0553610f9961bb86ae5b"
 
