@@ -20,6 +20,7 @@ from typing import Any
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import OptionalImportError
+from tqdm import tqdm
 
 from mgipt_monai.installed import installed, near
 from mgipt_monai.utils.naming import root_cause
@@ -262,5 +263,7 @@ def _message(error: BaseException) -> str:
 
 
 def _say(text: str) -> None:
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # it would draw itself once more below the message
     sys.stdout.flush()  # what was logged before comes before
     print(text, file=sys.stderr)

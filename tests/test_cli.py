@@ -135,7 +135,10 @@ def test_failed_images_are_the_last_lines(photographs: Path, tmp_path: Path) -> 
     assert "terminating" not in done.stdout
     done = mgipt(*words, "--debug", fails=True)
     assert "Traceback" in done.stderr
-    assert "terminating" in mgipt(*words, "--stop_on_failure", "True", "--debug", fails=True).stdout
+    (tmp_path / "in" / "bad.png").rename(tmp_path / "in" / "worse.png")  # it now comes when there is a progress bar
+    words += ["--stop_on_failure", "True"]
+    assert "worse.png: cannot be read as an image" in last_line(mgipt(*words, fails=True))
+    assert "terminating" in mgipt(*words, "--debug", fails=True).stdout
 
 
 def test_weights_that_do_not_fit_end_with_the_fix(settings: list[str], tmp_path: Path) -> None:

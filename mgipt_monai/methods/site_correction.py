@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Site correction: normalise with the site's statistics instead of one image's, as far as the evidence goes."""
+"""Site correction: normalise with the site's statistics instead of one image's, weighted by the evidence."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ __all__ = ["SiteCorrection"]
 class SiteCorrection(AdaptationMethod):
     """Normalisation with statistics of the site (Eq. 6, with the site in the image's place), weighted by the evidence.
 
-    Three predictions are fused, in logits: the source's, one corrected to the site (:class:`SiteStatistics`), and one
-    corrected to the site and, by a small share, to the image. The latter two share the weight
-    ``min(1, (trust * evidence) ** 2)``; the source has the rest. The evidence says how much of the images' distance
-    from the source is the site's, so a site that is like the source is predicted as without adaptation. No prompt, no
-    gradient, no weight is changed. Cost: 3 F.
+    The logits of three predictions are fused: the source's, one corrected to the site (:class:`SiteStatistics`), and
+    one corrected to the site and, with a small weight, to the image. The latter two share the weight
+    ``min(1, (trust * evidence) ** 2)``; the source has the rest. The evidence measures how much of the images' distance
+    from the source is due to the site, so a site similar to the source is predicted as without adaptation. There are no
+    prompts and no gradients, and no weight changes. Cost: 3 F.
 
-    Keeps between images four averages per channel of each norm layer, over the latest images: features' means and
-    deviations and their squares, nothing of where in an image they come from.
+    Keeps between images four averages per channel of each norm layer, over the latest images: means and deviations of
+    the features and their squares, without spatial information.
 
     Args:
         network: the source network, with batch norm that stores its statistics.
-        site: None takes :class:`SiteStatistics` as they are.
-        trust: one over the evidence from which on the source has no weight left, above 0.
+        site: None uses :class:`SiteStatistics` with its defaults.
+        trust: reciprocal of the evidence at which the source's weight becomes 0, above 0.
         image_share: weight of the image's own statistics beside the site's, in [0, 1].
         aligned_layers: regular expression on the names of the norm layers to correct; None corrects all.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
@@ -78,10 +78,10 @@ class SiteCorrection(AdaptationMethod):
         norms.start(image)
         site.begin()
         source = norms.predict(image)
-        with norms.corrected_to(site, looks=True):
+        with norms.corrected_to(site, observe=True):
             corrected = norms.predict_windows(image, "calibrated")
         if not isinstance(self.route.inferer, SimpleInferer):
-            # that was a look at some windows; now that it is over, all of them are normalised alike
+            # the site was observed in some windows; predict all windows with the same statistics
             with norms.corrected_to(site):
                 corrected = norms.predict(image, "calibrated")
         with norms.corrected_to(site, image_share=self.image_share):

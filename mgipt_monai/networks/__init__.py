@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of the method as networks: each can be used alone, and as a ``_target_`` of a MONAI config."""
+"""The components of the methods: each can be used on its own or as a ``_target_`` in a MONAI config."""
 
 from __future__ import annotations
 

@@ -17,15 +17,15 @@ __all__ = ["ConfidenceEnsemble", "MeanEnsemble", "disagreement"]
 class ConfidenceEnsemble(nn.Module):
     """Confidence-weighted sum of the logits of several prompted views of one image.
 
-    Per voxel the weights are the confidences (largest softmax value over the channels) divided by their sum, times
-    a factor for each kind of prompt. The factors are not normalised, as published: they scale the logits, which leaves
-    masks as they are.
+    Per voxel the weights are the confidences (largest softmax value over the channels) divided by their sum, times a
+    factor for each kind of prompt. As published, the factors are not normalised: they scale the logits, which does not
+    change masks.
 
     Args:
         instance_factor: factor of the instance prompt's prediction.
         global_factor: factor of each global prompt's prediction.
         one_channel: confidence of a network with a single output channel, whose softmax is constant: ``binary``, the
-            probability of the likelier class, or ``constant`` as in the released code.
+            probability of the more likely class, or ``constant`` as in the released code.
 
     Raises:
         ValueError: at construction, for a negative factor or an unknown choice.
@@ -80,7 +80,7 @@ class ConfidenceEnsemble(nn.Module):
 
 
 class MeanEnsemble(nn.Module):
-    """Plain mean of the logits of several prompted views: what the confidence weights are held against.
+    """Plain mean of the logits of several prompted views, as a baseline for the confidence weights.
 
     Example:
         >>> MeanEnsemble()(torch.tensor([1.0, 2.0, 6.0]).view(3, 1, 1, 1)).item()
@@ -88,25 +88,25 @@ class MeanEnsemble(nn.Module):
     """
 
     def forward(self, logits: Tensor, has_instance: bool = True) -> Tensor:
-        """Fuse logits (N, K, \\*spatial) into (1, K, \\*spatial); the instance prompt's count as any others."""
+        """Fuse logits (N, K, \\*spatial) into (1, K, \\*spatial); all views have the same weight."""
         return logits.mean(dim=0, keepdim=True)
 
 
 def disagreement(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, float]:
-    """Measure how much several views disagree, for each pixel and in one number for the image.
+    """Measure how much several views disagree, per pixel and as one number for the image.
 
-    Per pixel it is the mutual information between the class and the view: the entropy of the views' mean probability
-    less the mean of their entropies, over the largest value it can have. 0 where all views say the same, however unsure
-    they are; 1 where they are sure and split evenly among as many classes as they can. A sigmoid head decides for each
-    structure, and the structure with the largest value counts. Each view has one vote, whatever its factor in the
+    Per pixel it is the mutual information between class and view: the entropy of the views' mean probability minus the
+    mean of their entropies, divided by its largest possible value. It is 0 where all views agree, however uncertain
+    they are, and 1 where they are certain and split evenly among as many classes as possible. A sigmoid head decides
+    per structure, and the structure with the largest value counts. Each view has one vote, whatever its factor in the
     ensemble. A pixel where a view is not finite counts as 1.
 
-    The image's number is the mean over the pixels where at least one view sees a structure; 0 where no view sees any.
-    A mean over all pixels would mostly tell how large the background is, which all views agree on. For two sure views
-    of one structure the number is one minus the intersection over union of their masks.
+    The image's number is the mean over the pixels where at least one view predicts a structure; 0 if no view does. A
+    mean over all pixels would mostly measure the size of the background, on which all views agree. For two certain
+    views of one structure the number is one minus the intersection over union of their masks.
 
-    Source: the mutual information of Bayesian active learning by disagreement (Houlsby et al., arXiv 1112.5745), here
-    with the views as the members.
+    Source: the mutual information of Bayesian active learning by disagreement (Houlsby et al., arXiv 1112.5745), with
+    the views as ensemble members.
 
     Args:
         logits: one prediction per view, (N, K, \\*spatial).

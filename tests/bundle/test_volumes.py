@@ -225,7 +225,7 @@ def test_statistics_of_other_weights_fail_every_volume_and_name_their_file(tmp_p
     ("settings", "message"),
     [
         ({"aligned_layers": "decoder"}, "'decoder' matches no batch norm; there are: 1, 4"),
-        ({"statistics": "absent.pt"}, "no statistics file at absent.pt: make it with"),
+        ({"statistics": "absent.pt"}, "no statistics file at absent.pt: create it with"),
     ],
 )
 def test_wrong_settings_fail_at_construction(settings: dict[str, str], message: str) -> None:

@@ -770,7 +770,7 @@ def test_grata_compares_the_jittered_view_with_the_mean_of_six_views(hard: bool,
 def test_gratas_hard_labels_of_a_softmax_head_are_one_per_pixel(images: list[torch.Tensor]) -> None:
     method = GraTa(tiny_network(out_channels=3), head="softmax")
     method(images[0])
-    decided = grata._decided(torch.rand(1, 3, 4, 4), "softmax")
+    decided = grata._binarised(torch.rand(1, 3, 4, 4), "softmax")
     assert torch.equal(decided.sum(dim=1), torch.ones(1, 4, 4))
 
 

@@ -19,9 +19,9 @@ CASES = [
     ("min_agreement", 0.6, 0.6, 0.41, "the adapted mask agrees with the unadapted one by 0.41, less than 0.6", True),
     ("max_area_change", 2, 2.0, 3.456, "a class's area changed by a factor of 3.46, more than 2", True),
     ("max_inconsistency", 0.1, 0.1, 0.25, "changes with brightness and contrast by 0.25, more than 0.1", True),
-    ("min_loss_drop", 0.2, 0.2, -0.1, "took a share of -0.1 off the alignment loss, less than 0.2", True),
+    ("min_loss_drop", 0.2, 0.2, -0.1, "reduced the alignment loss by a share of -0.1, less than 0.2", True),
     ("max_prompt", 1.5, 1.5, 1.6, "a factor of the prompts is 1.6 away from 1, more than 1.5", True),
-    ("max_distance", 4, 4.0, 5.5, "the image lies 5.5 standard deviations from the stream's, more than 4", False),
+    ("max_distance", 4, 4.0, 5.5, "the image is 5.5 standard deviations from the stream's mean, more than 4", False),
     ("max_drift", 1, 1.0, 1.2, "the global prompts would drift 1.2 away from 1, more than 1", False),
 ]
 
@@ -60,7 +60,7 @@ def test_repeated_image_is_accepted_and_not_learnt() -> None:
     assert guard.compare(0.25)["repeated"] == 0
     settle(guard, 0.25)
     verdict = guard.judge({**FINE, **guard.compare(0.25)})
-    assert (verdict.accept, verdict.learn, verdict.reasons) == (True, False, ["the image repeats the one before it"])
+    assert (verdict.accept, verdict.learn, verdict.reasons) == (True, False, ["the image repeats the previous one"])
     assert guard.compare(0.26)["repeated"] == 0
 
 

@@ -189,7 +189,7 @@ def test_five_hundred_times_the_same_image_move_the_prompts_as_once() -> None:
     once = mgipt.adaptation_state()
     for _ in range(499):
         mgipt(image)
-    assert mgipt.last[0]["reasons"] == ["the image repeats the one before it"]
+    assert mgipt.last[0]["reasons"] == ["the image repeats the previous one"]
     assert same_state({**mgipt.adaptation_state(), "images_seen": 1}, once)
 
 

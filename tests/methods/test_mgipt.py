@@ -14,7 +14,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mgipt_monai import MGIPT, Source
-from mgipt_monai.networks import ConfidenceEnsemble, GlobalPrompts, InstancePrompt, PhotometricJitter
+from mgipt_monai.methods import Guard
+from mgipt_monai.networks import (
+    ConfidenceEnsemble,
+    FrequencyPrompt,
+    GlobalPrompts,
+    InstancePrompt,
+    PhotometricJitter,
+    SiteStatistics,
+)
 from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
 
@@ -412,3 +420,11 @@ def test_bind_keeps_the_state_on_a_copied_network(images: list[torch.Tensor]) ->
         method(images[0])
     mgipt.bind(copy.deepcopy(mgipt.network).train().requires_grad_(True))
     assert torch.equal(mgipt(images[1]), untouched(images[1]))
+
+
+def test_printing_the_method_shows_the_settings_of_its_parts() -> None:
+    printed = repr(MGIPT(tiny_network(), steps=4, guard=Guard(min_agreement=0.8)))
+    for text in ("InstancePrompt(sizes=(1, 3, 5), steps=4", "GlobalPrompts(sizes=(3, 5, 7)", "min_agreement=0.8"):
+        assert text in printed
+    for part in (ConfidenceEnsemble(), SiteStatistics(), FrequencyPrompt(2, 3, 5)):
+        assert "=" in repr(part)

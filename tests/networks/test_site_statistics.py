@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A site's shift, told from what its images vary."""
+"""A site's shift, separated from the variation of its images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CHANNELS = {"norm": 4}
 def see(site: SiteStatistics, z: Tensor, r: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
     """One image whose mean is z source deviations off and whose deviation has the logarithm r to the source's."""
     site.begin()
-    site.look("norm", (MEAN + z * STD)[None], (STD * torch.as_tensor(r).exp()).expand(4)[None], MEAN, STD)
+    site.observe("norm", (MEAN + z * STD)[None], (STD * torch.as_tensor(r).exp()).expand(4)[None], MEAN, STD)
     corrected = site.correct("norm", MEAN, STD)
     site.end()
     return corrected
@@ -83,7 +83,7 @@ def test_an_image_that_did_not_end_leaves_nothing() -> None:
     for each in (site, clean):
         see(each, torch.ones(4))
     site.begin()
-    site.look("norm", MEAN[None] + 9, STD[None], MEAN, STD)
+    site.observe("norm", MEAN[None] + 9, STD[None], MEAN, STD)
     assert same_state(site.adaptation_state(), clean.adaptation_state())
     assert torch.equal(see(site, -torch.ones(4))[0], see(clean, -torch.ones(4))[0])
 
@@ -93,10 +93,10 @@ def test_windows_of_an_image_count_as_one_image() -> None:
     values = [torch.full((4,), v) for v in (1.0, 2.0, 6.0)]
     windows.begin()
     for z in values:
-        windows.look("norm", (MEAN + z * STD)[None], STD[None], MEAN, STD)
+        windows.observe("norm", (MEAN + z * STD)[None], STD[None], MEAN, STD)
     windows.end()
     whole.begin()
-    whole.look("norm", torch.stack([MEAN + z * STD for z in values]), STD.expand(3, 4), MEAN, STD)
+    whole.observe("norm", torch.stack([MEAN + z * STD for z in values]), STD.expand(3, 4), MEAN, STD)
     whole.end()
     one, other = (each.adaptation_state() for each in (windows, whole))
     assert one["count"] == other["count"] == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A guard around any method: whether its prediction is used, and whether it learns from the image."""
+"""A guard around any method: it decides whether the prediction is used and whether the method learns from the image."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guard's judgement: which signal each threshold bounds, what is refused, and what may be learnt from an image."""
+"""The guard's decision: which signal each threshold bounds, what is refused, and what is learnt from an image."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from mgipt_monai.utils.state_checks import check_keys
 __all__ = ["THRESHOLDS", "Guard", "Lasting", "Threshold", "Verdict", "area_change"]
 
 SMALL_SHARE = 1e-4
-"""Of the image, added to an area, so that an empty class has a ratio."""
+"""Share of the image that is added to an area, so that an empty class has a ratio."""
 
 
 class Threshold(NamedTuple):
-    """What the limit of one name means.
+    """The meaning of one limit.
 
     Attributes:
         signal: the signal that it bounds.
-        range: lowest and highest value that the limit may have.
-        words: what is said where the signal is beyond it, with places for the signal and the limit.
-        is_least: whether the signal must be at least the limit; otherwise at most.
-        refuses: whether the adapted prediction is then refused; otherwise it is only not learnt from.
+        range: smallest and largest allowed value of the limit.
+        words: the reason given when the signal crosses the limit, with placeholders for signal and limit.
+        is_least: whether the limit is a minimum; otherwise it is a maximum.
+        refuses: whether crossing it refuses the adapted prediction; otherwise it only prevents learning.
     """
 
     signal: str
@@ -39,14 +39,14 @@ class Threshold(NamedTuple):
     refuses: bool = True
 
     def check_limit(self, name: str, limit: float | None) -> None:
-        """Raise ValueError for a limit out of the range; None is none."""
+        """Raise ValueError for a limit out of range; None disables it."""
         lowest, highest = self.range
         if limit is not None and not (lowest <= limit <= highest and math.isfinite(limit)):
             wanted = f"in [{lowest}, {highest}]" if math.isfinite(highest) else f"at least {lowest}"
             raise ValueError(f"{name} must be {wanted}, or None to switch it off; got {limit}")
 
     def is_crossed(self, limit: float | None, signals: Mapping[str, float]) -> bool:
-        """Whether the signal is beyond the limit; not where either is absent."""
+        """Whether the signal crosses the limit; False if either is missing."""
         if limit is None or self.signal not in signals:
             return False
         value = signals[self.signal]
@@ -69,14 +69,14 @@ THRESHOLDS = {
     "min_loss_drop": Threshold(
         "loss_drop",
         (0, 1),
-        "tuning took a share of {:.3g} off the alignment loss, less than {:.3g}",
+        "tuning reduced the alignment loss by a share of {:.3g}, less than {:.3g}",
         is_least=True,
     ),
     "max_prompt": Threshold("prompt", (0, math.inf), "a factor of the prompts is {:.3g} away from 1, more than {:.3g}"),
     "max_distance": Threshold(
         "distance",
         (0, math.inf),
-        "the image lies {:.3g} standard deviations from the stream's, more than {:.3g}",
+        "the image is {:.3g} standard deviations from the stream's mean, more than {:.3g}",
         refuses=False,
     ),
     "max_drift": Threshold(
@@ -89,14 +89,14 @@ THRESHOLDS = {
 
 
 class Lasting(Protocol):
-    """What a method keeps between images, and the guard may put back."""
+    """What a method keeps between images and the guard may restore."""
 
     def adaptation_state(self) -> dict[str, Any]:
         """Return a copy of it."""
         ...
 
     def load_adaptation_state(self, state: dict[str, Any]) -> None:
-        """Put it back."""
+        """Restore it."""
         ...
 
     def check_adaptation_state(self, state: dict[str, Any]) -> None:
@@ -106,12 +106,12 @@ class Lasting(Protocol):
 
 @dataclass
 class Verdict:
-    """What the guard says of one image.
+    """The guard's decision on one image.
 
     Attributes:
-        accept: whether the adapted prediction is used; otherwise it is the unadapted one.
-        learn: whether the global prompts keep the image's step.
-        reasons: in plain words why not, with the value and its threshold; empty where both are granted.
+        accept: whether the adapted prediction is used; otherwise the unadapted one is.
+        learn: whether the method keeps what it learnt from the image.
+        reasons: why not, with value and threshold; empty if both are granted.
     """
 
     accept: bool
@@ -120,35 +120,35 @@ class Verdict:
 
 
 class Guard(nn.Module):
-    """Judges each image by label-free signals, against thresholds that can each be None, which switches it off.
+    """Judges each image by label-free signals and thresholds; None disables a threshold.
 
-    An adapted prediction that is refused gives way to the unadapted one, and an image that is refused teaches nothing:
-    the global prompts are as before it. Three more things keep an image from teaching: it is far from the stream's
-    others, it repeats the image before it, or its step takes the global prompts out of their range. What lasts is of
-    constant size and holds nothing of an image: mean and variance of the log loss, the latest loss, and the last good
+    If the adapted prediction is refused, the unadapted one is used, and the global prompts are restored to before the
+    image, so that they learn nothing from it. Three more conditions prevent learning: the image is far from the
+    stream's others, it repeats the previous image, or its step moves the global prompts out of range. The guard's own
+    state has constant size and no image content: mean and variance of the log loss, the latest loss, and the last good
     global prompts.
 
     Args:
         min_agreement: smallest Dice between the adapted and the unadapted mask, over all classes at once, in [0, 1].
         max_area_change: largest ratio, at least 1, by which the area of a class may grow or shrink. A class that
-            becomes empty, or appears where there was none, changes by a large ratio.
+            disappears or appears changes by a large ratio.
         max_inconsistency: largest early-stop consistency score of the chosen prompt size, in [0, 1]; 0 is full
-            agreement between the image and its jittered view. Not judged where sizes are not compared.
-        min_loss_drop: smallest share of the alignment loss that the tuning of the instance prompt must take away, in
-            [0, 1]. Not judged without an instance prompt.
+            agreement between the image and its jittered view. Not judged if sizes are not compared.
+        min_loss_drop: smallest share by which tuning the instance prompt must reduce the alignment loss, in [0, 1]. Not
+            judged without an instance prompt.
         max_prompt: largest distance from 1 of a factor in the instance prompt or the global prompts' teachers.
-        max_distance: largest distance of the unadapted image's alignment loss from those that the stream has seen,
-            in standard deviations of its logarithm; beyond it the image teaches nothing.
+        max_distance: largest distance of the unadapted image's alignment loss from the mean of the stream, in standard
+            deviations of its logarithm; beyond it nothing is learnt from the image.
         max_drift: largest distance from 1 of a factor in the global prompts' teachers; beyond it they are reset to the
-            last ones that were learnt within half of it. At most ``max_prompt``.
-        warm_up: images that the stream must have had before ``max_distance`` counts, at least 2.
+            last ones learnt within half of it. At most ``max_prompt``.
+        warm_up: number of images before ``max_distance`` applies, at least 2.
 
     Raises:
-        ValueError: at construction, for a threshold out of its range, or ``max_drift`` above ``max_prompt``.
+        ValueError: at construction, for a threshold out of range, or ``max_drift`` above ``max_prompt``.
 
     Attributes:
-        memory: the stream's losses.
-        good: what the method kept after the last good image; before there is one, what it keeps before the first image.
+        memory: statistics of the stream's losses.
+        good: what the method kept after the last good image; until then, what it keeps before the first image.
 
     Example:
         >>> guard = Guard(min_agreement=0.6)
@@ -189,28 +189,28 @@ class Guard(nn.Module):
         """Forget the stream.
 
         Args:
-            start: what the guarded method keeps before its first image, which counts as good; None stands for global
-                prompts.
+            start: what the guarded method keeps before its first image, which counts as good; None stands for empty
+                global prompts.
         """
         self.memory.reset()
         self.good: dict[str, Any] = {"students": [], "teachers": []} if start is None else start
 
     def compare(self, loss: float) -> dict[str, float]:
-        """Return the signals that need the stream's memory, of an image with this unadapted alignment loss.
+        """Return the signals of an image with this unadapted alignment loss that depend on the stream's losses.
 
-        ``repeated`` is 1 where the loss is exactly that of the image before, else 0; ``distance`` is left out during
-        the warm-up.
+        ``repeated`` is 1 if the loss is exactly that of the previous image, else 0; ``distance`` is left out during the
+        warm-up.
         """
         distance = self.memory.distance(loss)
         signals = {"loss": loss, "repeated": float(loss == self.memory.latest)}
         return signals if distance is None else {**signals, "distance": distance}
 
     def judge(self, signals: Mapping[str, float]) -> Verdict:
-        """Judge an image by its signals; a threshold whose signal is not there is not looked at.
+        """Judge an image by its signals; a threshold without a signal is ignored.
 
         Args:
             signals: ``finite`` and ``repeated`` (1 or 0), and any of ``agreement``, ``area_change``, ``inconsistency``,
-                ``loss_drop``, ``prompt``, ``distance`` and ``drift``, as the arguments of the class have them.
+                ``loss_drop``, ``prompt``, ``distance`` and ``drift``, defined as in the arguments of the class.
         """
         if not signals["finite"]:
             return Verdict(accept=False, learn=False, reasons=["the adapted prediction is not finite"])
@@ -219,16 +219,16 @@ class Guard(nn.Module):
             THRESHOLDS[name].words.format(signals[THRESHOLDS[name].signal], getattr(self, name)) for name in crossed
         ]
         if signals["repeated"]:
-            reasons.append("the image repeats the one before it")
+            reasons.append("the image repeats the previous one")
         accept = not any(THRESHOLDS[name].refuses for name in crossed)
         return Verdict(accept, learn=not reasons, reasons=reasons)
 
     def settle(self, verdict: Verdict, signals: Mapping[str, float], lasting: Lasting, before: dict[str, Any]) -> None:
-        """Let the method keep what it learnt from the image or not, and remember the image's loss.
+        """Keep or undo what the method learnt from the image, and remember the image's loss.
 
         Args:
-            verdict: what :meth:`judge` said of the image.
-            signals: what it was said of.
+            verdict: the result of :meth:`judge`.
+            signals: the image's signals.
             lasting: what the method keeps between images, after the image (MGIPT: its global prompts).
             before: its state before the image.
         """
@@ -246,11 +246,11 @@ class Guard(nn.Module):
         return {**self.memory.state(), **copy.deepcopy(self.good)}
 
     def load_adaptation_state(self, state: dict[str, Any], lasting: Lasting) -> None:
-        """Take over what :meth:`adaptation_state` returned.
+        """Restore what :meth:`adaptation_state` returned.
 
         Args:
             state: the state.
-            lasting: what the method keeps between images, which it must fit.
+            lasting: what the method keeps between images, which the state must fit.
 
         Raises:
             ValueError: if it does not fit; nothing is changed then.
@@ -267,8 +267,8 @@ class Guard(nn.Module):
 def area_change(masks: Tensor, others: Tensor) -> float:
     """Return the largest ratio, at least 1, between the areas of a class in two predictions of one image.
 
-    A ten-thousandth of the image is added to either area: a class that becomes empty, or appears from nothing, gives a
-    large ratio, and a few voxels of a class that is hardly there do not.
+    A ten-thousandth of the image is added to both areas: a class that disappears or appears gives a large ratio, a few
+    voxels of a nearly empty class do not.
 
     Args:
         masks: of 0 and 1, (1, K, \\*spatial).

@@ -20,25 +20,25 @@ __all__ = ["Guarded"]
 
 
 class Guarded(AdaptationMethod):
-    """A method whose predictions a guard may overrule, and whose learning it may undo.
+    """A method with a guard that can reject its predictions and undo its learning.
 
-    Each image is also predicted without adaptation, in the network's own normalisation and through the same windows,
-    which costs 1 F more. Where the guard refuses the adapted prediction, the unadapted one is returned; where it does
-    not let the method learn, what lasts between images is as before the image. Each record has what the guard saw and
-    said: ``decision`` (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``.
+    Each image is also predicted without adaptation, with the network's own normalisation and through the same windows,
+    which costs 1 F more. If the guard refuses the adapted prediction, the unadapted one is returned. If it does not let
+    the method learn, the state from before the image is restored. Each record contains the guard's decision:
+    ``decision`` (``adapted`` or ``unadapted``), ``learned``, ``reasons`` and ``signals``.
 
-    Everything else is the wrapped method's: its settings, its state (with the guard's under ``guard``), its attributes.
+    Everything else is the wrapped method's: settings, state (with the guard's under ``guard``) and attributes.
     ``MGIPT(network, guard=Guard())`` builds one.
 
     Args:
         method: the method to guard.
-        guard: None takes :class:`Guard` with its defaults.
-        head: how logits become masks, to compare them; None takes the method's own, else ``sigmoid``.
+        guard: None uses :class:`Guard` with its defaults.
+        head: how logits become masks for the comparison; None uses the method's own, else ``sigmoid``.
 
     Raises:
-        TypeError: if ``method`` is not an adaptation method, or is guarded already.
-        ValueError: if the network stores no source statistics and the method was given none, or the method's own limit
-            of cost leaves no room for one more forward.
+        TypeError: if ``method`` is not an adaptation method, or is already guarded.
+        ValueError: if the network stores no source statistics and the method has none, or the method's cost limit
+            leaves no room for another forward.
 
     Example:
         >>> from mgipt_monai import VPTTA
@@ -55,7 +55,7 @@ class Guarded(AdaptationMethod):
         if not isinstance(method, AdaptationMethod) or isinstance(method, Guarded):
             found = type(method).__name__
             raise TypeError(f"method must be an adaptation method without a guard, such as MGIPT(network); got {found}")
-        # the wrapped method has the network, the route and the count of images
+        # network, route and image count belong to the wrapped method
         nn.Module.__init__(self)
         self.method = method
         self.guard = Guard() if guard is None else guard
@@ -80,7 +80,7 @@ class Guarded(AdaptationMethod):
         try:
             adapted = method._adapt_and_predict(image)
         except FloatingPointError:
-            # a tuning step was not finite: the same as a prediction that is not
+            # a non-finite tuning step counts as a non-finite prediction
             adapted = self._not_finite(unadapted)
         signals = {**guard.compare(loss), **self._signals(adapted, unadapted)}
         verdict = guard.judge(signals)
@@ -113,7 +113,7 @@ class Guarded(AdaptationMethod):
         }
 
     def adapted_input(self, image: Tensor) -> Tensor:
-        """Return the latest image as the network saw it; as it is where the unadapted prediction was returned."""
+        """Return the latest image as passed to the network; unchanged if the unadapted prediction was returned."""
         if self.last and self.last[-1]["decision"] == "unadapted":
             return image
         return self.method.adapted_input(image)
@@ -123,7 +123,7 @@ class Guarded(AdaptationMethod):
         return {**self.method.settings(), "guard": plain_settings(self.guard)}
 
     def reset(self) -> None:
-        """Forget the stream, the guard's memory included."""
+        """Forget the stream, including the guard's memory."""
         self.method.reset()
         self.guard.reset(self.method._state())
         self.last, self.uncertainty = [], None
@@ -137,11 +137,11 @@ class Guarded(AdaptationMethod):
         self.guard.load_adaptation_state(state["guard"], lasting)
         self.method._load_state(state)
 
-    def _standing(self) -> dict[str, Any]:
-        return self.method._standing()
+    def _state_record(self) -> dict[str, Any]:
+        return self.method._state_record()
 
     def bind(self, network: nn.Module) -> None:
-        """Work on ``network`` from now on, see :class:`AdaptationMethod`."""
+        """Switch to ``network``, see :class:`AdaptationMethod`."""
         self.method.bind(network)
 
     def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
@@ -149,16 +149,16 @@ class Guarded(AdaptationMethod):
         self.method.predict_through(inferer, windows)
 
     def prompt_maps(self) -> dict[str, Tensor]:
-        """Return the wrapped method's prompts that last."""
+        """Return the wrapped method's prompts."""
         return self.method.prompt_maps()
 
     def source_norms(self) -> AlignedNorms:
-        """Return the norm layers that tell how far an image is from the source."""
+        """Return the norm layers that measure how far an image is from the source."""
         return self.method.source_norms()
 
     @property
     def name(self) -> str:
-        """The wrapped method's name: the guard is among the settings."""
+        """The wrapped method's name; the guard is part of the settings."""
         return self.method.name
 
     @property
@@ -182,11 +182,11 @@ class Guarded(AdaptationMethod):
 
     @property
     def averaged(self) -> tuple[str, ...]:
-        """What of the wrapped method's state may be averaged over streams."""
+        """Names of the tensors in the wrapped method's state that may be averaged over streams."""
         return self.method.averaged
 
     def __getattr__(self, name: str) -> Any:
-        # the wrapped method's parts and settings are to be found as without a guard
+        # exposes the wrapped method's parts and settings
         modules = self.__dict__.get("_modules", {})
         if name in modules or "method" not in modules or name.startswith("__"):
             return super().__getattr__(name)
@@ -194,7 +194,7 @@ class Guarded(AdaptationMethod):
 
 
 class _Lasting:
-    """What a method keeps between images, as the guard takes it: read, checked and put back."""
+    """Lets the guard read, check and restore what a method keeps between images."""
 
     def __init__(self, method: AdaptationMethod) -> None:
         self._method = method

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a stream's alignment losses look like, in a few numbers, to see an image that does not belong to it."""
+"""Running statistics of a stream's alignment losses, to detect images that do not belong to it."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from mgipt_monai.utils.state_checks import check_number
 __all__ = ["LossMemory"]
 
 RATE = 0.05
-"""Share of the newest image once 20 were seen; before, all count alike."""
+"""Weight of the newest image after 20 images; before, all images count equally."""
 CLIP = 1.5
-"""An image counts as at most so many standard deviations away, so that a few strange ones do not widen the range."""
+"""An image counts as at most this many standard deviations away, so that a few outliers do not widen the range."""
 MIN_SPREAD = 0.05
-"""Smallest standard deviation: losses that differ by 5 % are alike."""
+"""Smallest standard deviation: losses that differ by 5 % count as alike."""
 MIN_LOSS = 1e-12
 """Keeps the logarithm finite."""
 LARGEST_LOG = 710.0
-"""No logarithm of a number that a computer holds is larger."""
+"""Upper bound on the logarithm of a float."""
 
 
 class LossMemory:
-    """Running mean and variance of the logarithm of the losses that a stream has seen.
+    """Running mean and variance of the logarithm of a stream's losses.
 
-    All images count alike at first, then the latest 20 or so, so that a lasting change becomes the new normal. After
-    the warm-up, an image far from the others is drawn nearer before it counts.
+    All images count equally at first, then about the latest 20, so that a lasting change becomes the new normal. After
+    the warm-up, an image far from the others is clipped before it counts.
 
     Args:
-        warm_up: images before a distance can be told, at least 2.
+        warm_up: number of images before a distance is defined, at least 2.
 
     Raises:
         ValueError: at construction, for a shorter warm-up.
 
     Attributes:
-        images: how many losses were taken.
+        images: number of losses added.
         mean: mean of their logarithms.
         variance: variance of their logarithms.
-        latest: the loss of the latest image, None before the first.
+        latest: the loss of the latest image; None before the first image.
 
     Example:
         >>> memory = LossMemory(warm_up=3)
@@ -50,7 +50,7 @@ class LossMemory:
 
     def __init__(self, warm_up: int = 10) -> None:
         if warm_up < 2:
-            raise ValueError(f"warm_up must be at least 2 images, two make the smallest spread; got {warm_up}")
+            raise ValueError(f"warm_up must be at least 2 images, the fewest with a spread; got {warm_up}")
         self.warm_up = warm_up
         self.reset()
 
@@ -60,16 +60,13 @@ class LossMemory:
         self.latest: float | None = None
 
     def distance(self, loss: float) -> float | None:
-        """Return how many standard deviations a loss lies from those seen, on a logarithmic scale.
-
-        None during the warm-up.
-        """
+        """Return the distance of a loss from the mean, in standard deviations of the logarithm; None in the warm-up."""
         if self.images < self.warm_up:
             return None
         return abs(math.log(max(loss, MIN_LOSS)) - self.mean) / self._spread()
 
     def add(self, loss: float) -> None:
-        """Take the loss of one more image."""
+        """Add the loss of one image."""
         value = math.log(max(loss, MIN_LOSS))
         if self.images >= self.warm_up:
             reach = CLIP * self._spread()
@@ -82,14 +79,14 @@ class LossMemory:
         self.latest = loss
 
     def state(self) -> dict[str, Any]:
-        """Return all that is remembered: four plain numbers (``latest`` is None before the first image)."""
+        """Return the statistics: four plain numbers (``latest`` is None before the first image)."""
         return {"images": self.images, "mean": self.mean, "variance": self.variance, "latest": self.latest}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` returned.
+        """Restore what :meth:`state` returned.
 
         Raises:
-            ValueError: if it is something else; nothing is changed then.
+            ValueError: if a value is invalid; nothing is changed then.
         """
         check_number("images", state["images"], least=0, whole=True)
         check_number("mean", state["mean"], -LARGEST_LOG, LARGEST_LOG)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the methods that change weights share: they train a copy of the source network."""
+"""Common base of the methods that change weights: they train a copy of the source network."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def norm_affine_names(network: nn.Module, layers: str | None = None) -> set[str]
 
 
 def load_weights(weights: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> None:
-    """Copy saved values into the weights of the same names; raise ValueError if names, shapes or values do not fit."""
+    """Copy saved values into the weights with the same names; raise ValueError if anything does not fit."""
     check_keys("state's weights", saved, set())
     if differing := sorted(map(str, weights.keys() ^ saved.keys())):
-        raise ValueError(f"the state and the network have not the same weights, they differ in {', '.join(differing)}")
+        raise ValueError(f"the state and the network have different weights: {', '.join(differing)}")
     for name, weight in weights.items():
         check_tensor(name, saved[name], weight.dtype)
         if saved[name].shape != weight.shape:
@@ -55,16 +55,16 @@ def load_weights(weights: dict[str, nn.Parameter], saved: dict[str, Tensor]) -> 
 
 
 class TrainedCopy:
-    """A copy of a network that trains some of its weights; its norm layers take the statistics of each image.
+    """A copy of a network with some trainable weights; its norm layers use the statistics of each image.
 
-    The stored statistics of the copy never move. It is no ``nn.Module``, so that it is no part of the method's state
-    dict: a checkpoint of the source network goes on to fit the method.
+    The stored statistics of the copy never change. It is not an ``nn.Module``, so it is not part of the method's state
+    dict, and a checkpoint of the source network still fits the method.
 
     Args:
         network: the source network, which is not changed.
-        names: the weights to train.
-        layers: which batch norms take the image's statistics, see :class:`AlignedNorms`.
-        make_optimizer: from the list of these weights to their optimiser.
+        names: names of the weights to train.
+        layers: which batch norms use the image's statistics, see :class:`AlignedNorms`.
+        make_optimizer: builds the optimiser of a list of weights.
     """
 
     KEYS: tuple[str, ...] = ("weights", "optimizer")
@@ -93,7 +93,7 @@ class TrainedCopy:
         """Return the gradient of the loss of one image with respect to each trained weight.
 
         Raises:
-            FloatingPointError: if it is not finite, before it can spoil a weight.
+            FloatingPointError: if it is not finite, before any weight is changed.
         """
         self.backwards += 1
         gradients = torch.autograd.grad(loss, list(self.weights.values()), materialize_grads=True)
@@ -103,7 +103,7 @@ class TrainedCopy:
 
     @contextmanager
     def moved(self, offsets: Sequence[Tensor]) -> Iterator[None]:
-        """Move the weights by these offsets for the block; behind it they are bit-identical to before."""
+        """Move the weights by these offsets within the block; afterwards they are bit-identical to before."""
         weights = list(self.weights.values())
         kept = [weight.detach().clone() for weight in weights]
         with torch.no_grad():
@@ -117,7 +117,7 @@ class TrainedCopy:
                     weight.copy_(value)
 
     def step(self, gradients: Sequence[Tensor], lr: float | None = None) -> None:
-        """Take one step of the optimiser along these gradients, with another learning rate if one is given."""
+        """Take one optimiser step along these gradients, optionally with another learning rate."""
         for weight, gradient in zip(self.weights.values(), gradients, strict=True):
             weight.grad = gradient
         for group in self.optimizer.param_groups:
@@ -136,20 +136,20 @@ class TrainedCopy:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` returned; raise ValueError if it does not fit."""
+        """Restore what :meth:`state` returned; raise ValueError if it does not fit."""
         load_weights(self.weights, state["weights"])
         self._check_moments(state["optimizer"])
-        # copies, since the optimiser would go on to write into the caller's tensors
+        # copied: the optimiser would write into the caller's tensors
         moments = {i: {key: m.clone() for key, m in each.items()} for i, each in state["optimizer"].items()}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
 
     def _check_moments(self, saved: Any) -> None:
-        """Raise ValueError unless these are the optimiser's moments for all weights, or for none before a step."""
+        """Raise ValueError unless these are the optimiser's moments of all weights, or empty (before any step)."""
         weights = list(self.weights.values())
         check_keys("state's optimizer", saved, set())
         if saved and set(saved) != set(range(len(weights))):
             raise ValueError(f"the state's optimizer has moments of {len(saved)} weights, this needs {len(weights)}")
-        # which moments it keeps is seen after a step
+        # a step shows which moments the optimiser keeps
         probe = nn.Parameter(torch.zeros(1))
         probe.grad = torch.zeros(1)
         optimizer = self._make_optimizer([probe])
@@ -166,18 +166,17 @@ class TrainedCopy:
 
 
 class WeightAdaptation(AdaptationMethod):
-    """Base of the methods that train weights: the copy, its state, and what it costs.
+    """Base of the methods that train weights: the copy, its state, and its cost.
 
-    The copy is made of the network at the first image of a stream, so weights loaded into the network before it count.
-    A subclass gives the optimiser, and what is done with one image; ``_weight_names`` and ``_copy_type`` where it needs
-    others.
+    The network is copied at the first image of a stream, so weights loaded before it take effect. A subclass implements
+    the optimiser and the update for one image, and overrides ``_weight_names`` and ``_copy_type`` if needed.
 
     Args:
         network: the source network, with batch norm that stores its statistics; it is not changed.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
-        aligned_layers: regular expression on the names of the norm layers that take the image's statistics and, in
-            methods that adapt norm layers, are adapted; None takes all.
-        seed: seeds what is random, with the image index.
+        aligned_layers: regular expression on the names of the norm layers that use the image's statistics and, in
+            methods that adapt norm layers, are adapted; None: all.
+        seed: seeds random numbers, with the image index.
 
     Raises:
         ValueError: at construction, for a setting out of range or a network without usable norm layers.
@@ -201,7 +200,7 @@ class WeightAdaptation(AdaptationMethod):
 
     @abstractmethod
     def _adapt(self, adapted: TrainedCopy, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """Adapt the copy to one image (1, C, \\*spatial); return its logits and the record of what was done."""
+        """Adapt the copy to one image (1, C, \\*spatial); return its logits and a record of what was done."""
 
     def _weight_names(self) -> set[str]:
         return norm_affine_names(self.network, self.aligned_layers)
@@ -214,7 +213,7 @@ class WeightAdaptation(AdaptationMethod):
             self.adapted = self._copy()
         name, weight = next(iter(self.adapted.weights.items()))
         if weight.device != self.network.get_parameter(name).device:
-            self._load_state(self._state())  # the method was moved, its copy follows
+            self._load_state(self._state())  # the method was moved to another device
         adapted = self.adapted
         adapted.norms.forwards = adapted.backwards = 0
         logits, record = self._adapt(adapted, image)
@@ -230,7 +229,7 @@ class WeightAdaptation(AdaptationMethod):
         return int(np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0])
 
     def _bound(self) -> None:
-        # a network that cannot be adapted is refused at construction
+        # refuse an unsuitable network at construction
         find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
         self._weight_names()
         if self.adapted is not None:
@@ -247,7 +246,7 @@ class WeightAdaptation(AdaptationMethod):
         if not state["weights"]:
             self.adapted = None
             return
-        # tensors made under inference_mode could not be trained
+        # tensors created in inference_mode cannot be trained
         with torch.inference_mode(False):
             fresh = self._copy()
             fresh.load(state)

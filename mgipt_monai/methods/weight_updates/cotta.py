@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CoTTA: a student that learns from its own slow average, and is pulled back to the source at random."""
+"""CoTTA: a student learns from its own slow average, and random weights are restored to the source's."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class StudentAndTeacher(TrainedCopy):
 
     @torch.no_grad()
     def restore(self, source: nn.Module, probability: float, generator: torch.Generator) -> float:
-        """Set each number of the student back to the source's with this probability; return the share set back."""
+        """Restore each number of the student to the source's with this probability; return the share restored."""
         restored = 0
         for name, weight in self.weights.items():
-            # drawn on the CPU, so that every device draws alike
+            # drawn on the CPU, so that all devices draw the same
             chosen = torch.rand(weight.shape, generator=generator) < probability
             restored += int(chosen.sum())
             weight.copy_(torch.where(chosen.to(weight.device), source.get_parameter(name), weight))
@@ -52,7 +52,7 @@ class StudentAndTeacher(TrainedCopy):
         return {**super().state(), "teacher": teacher}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over what :meth:`state` returned; raise ValueError if it does not fit."""
+        """Restore what :meth:`state` returned; raise ValueError if it does not fit."""
         super().load(state)
         load_weights(dict(self.teacher.network.named_parameters()), state["teacher"])
 
@@ -60,17 +60,17 @@ class StudentAndTeacher(TrainedCopy):
 class CoTTA(WeightAdaptation):
     """Continual adaptation of all weights by consistency with a weight-averaged teacher, and stochastic restore.
 
-    Adapts every weight of a copy, the student: one Adam step per image towards the teacher's probabilities. The teacher
-    is the exponential average of the students. Where the source network (the anchor) is not sure of the image, the mean
-    of its maximum probabilities being below ``confidence_threshold``, the teacher's probabilities are the mean over the
-    image at each of ``scales``, as it is and flipped; else they are of the image alone. After the step a few of the
-    student's numbers, chosen at random, are set back to the source's. All three normalise with the image's own
+    Adapts every weight of a copy, the student, with one Adam step per image towards the teacher's probabilities. The
+    teacher is the exponential moving average of the students. If the source network (the anchor) is not confident on
+    the image (its mean maximum probability is below ``confidence_threshold``), the teacher's probabilities are averaged
+    over the image at each of ``scales``, original and flipped; otherwise they come from the image alone. After the step
+    a few random numbers of the student are restored to the source's. All three networks normalise with the image's own
     statistics. The prediction is the teacher's, from which the student learnt.
 
     Keeps student, teacher and Adam's moments between images: four times the network, fitted to the images seen. No
-    image is stored, but millions of weights trained on few images can give some of them away: treat the state as
-    derived from patient data. Cost: 5 F for an image of which the anchor is sure (anchor, teacher, student, and a
-    backward to all weights at 2 F); else 4 F and the 14 views, in 2D by their area another 25 F.
+    image is stored, but millions of weights trained on few images can reveal some of them: treat the state as derived
+    from patient data. Cost: 5 F if the anchor is confident (anchor, teacher, student, and a backward to all weights at
+    2 F); otherwise 4 F plus the 14 views, in 2D by their area another 25 F.
 
     Source: Wang et al., Continual test-time domain adaptation, CVPR 2022 (arXiv 2203.13591), settings of its
     segmentation experiments.
@@ -80,13 +80,13 @@ class CoTTA(WeightAdaptation):
         lr: Adam's learning rate.
         betas: Adam's betas.
         decay: share of the old teacher kept at each image, in [0, 1].
-        restore_probability: probability with which a number of the student is set back, in [0, 1].
-        confidence_threshold: confidence of the anchor below which views are averaged; 0 never does, above 1 always. A
-            network that is sure of its background stays above the default, and its teacher then teaches what the
-            student says already.
-        scales: factors of the size of the views; each side keeps the powers of two in it (up to 32).
+        restore_probability: probability that a number of the student is restored, in [0, 1].
+        confidence_threshold: anchor confidence below which views are averaged; 0 never averages, above 1 always. A
+            network that is confident in its background stays above the default, and the teacher then predicts much the
+            same as the student.
+        scales: scale factors of the views; each side stays divisible by its powers of two (up to 32).
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
-        aligned_layers: regular expression on the names of the norm layers that take the image's statistics; None: all.
+        aligned_layers: regular expression on the names of the norm layers that use the image's statistics; None: all.
         seed: seeds the restore, with the image index.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GraTa: two losses without labels, and a step as long as their gradients agree."""
+"""GraTa: two label-free losses, with a step size that depends on the agreement of their gradients."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ __all__ = ["GraTa", "agreement"]
 
 
 def agreement(cosine: float) -> float:
-    """Return the share of the learning rate for gradients at this cosine: ``(cosine + 1)^2 / 4``."""
+    """Return the factor of the learning rate for gradients with this cosine: ``(cosine + 1)^2 / 4``."""
     return (cosine + 1) ** 2 / 4
 
 
 class GraTa(WeightAdaptation):
-    """Gradient alignment: the gradient of a consistency loss, taken where an entropy step leads.
+    """Gradient alignment: the gradient of a consistency loss, taken after an entropy step.
 
     Adapts the weight and bias of each batch norm, on a copy; the norm layers normalise with the image's own statistics.
     The auxiliary gradient is that of the entropy of the image's prediction. The pseudo gradient is that of the
     consistency (cross-entropy) of a jittered view with the mean prediction over six views (the image, two flips, three
-    turns), at the weights moved by minus the auxiliary gradient: minimising there also turns both gradients the same
-    way. One Adam step along the pseudo gradient follows, its learning rate times ``(cos + 1)^2 / 4`` of the angle
+    rotations), at the weights moved by minus the auxiliary gradient: minimising there also aligns the two gradients.
+    One Adam step along the pseudo gradient follows, with the learning rate scaled by ``(cos + 1)^2 / 4`` of the angle
     between the two. The prediction is the one after the update.
 
     Keeps these weights and Adam's moments between images: a few thousand numbers fitted to the images seen, no image.
@@ -43,12 +43,12 @@ class GraTa(WeightAdaptation):
 
     Args:
         network: the source network, with batch norm that stores its statistics; it is not changed.
-        jitter: the view whose consistency counts: a callable from image to image (1, C, \\*spatial). A MONAI
-            ``Randomizable`` is seeded with (seed, image index) for each image. None takes :class:`PhotometricJitter`.
-        hard_labels: whether the mean prediction over the views is made 0 and 1 before the jittered view is compared
-            with it. Probabilities pull the weights straight back from where the entropy led them: the gradients then
-            point in opposite directions and the steps all but vanish.
-        lr: Adam's learning rate where both gradients agree.
+        jitter: transform for the consistency loss: a callable from image to image (1, C, \\*spatial). A MONAI
+            ``Randomizable`` is seeded with (seed, image index) for each image. None uses :class:`PhotometricJitter`.
+        hard_labels: whether the mean prediction over the views is binarised before the jittered view is compared with
+            it. Probabilities pull the weights straight back from the entropy step: the gradients then point in opposite
+            directions and the steps almost vanish.
+        lr: Adam's learning rate when both gradients agree.
         betas: Adam's betas.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
@@ -56,7 +56,7 @@ class GraTa(WeightAdaptation):
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; for an image
-            of one spatial dimension, which cannot be turned.
+            of one spatial dimension, which cannot be rotated.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -88,13 +88,13 @@ class GraTa(WeightAdaptation):
 
     def _adapt(self, adapted: TrainedCopy, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         if image.ndim < 4:
-            raise ValueError(f"GraTa turns images, they need two spatial dimensions or more; got {image.ndim - 2}")
+            raise ValueError(f"GraTa rotates images, which needs two spatial dimensions or more; got {image.ndim - 2}")
         if isinstance(self.jitter, Randomizable):
             self.jitter.set_random_state(seed=self._image_seed())
         with torch.no_grad():
             target = mean_probabilities(adapted.predict, image, turns_and_flips(), self.head)
             if self.hard_labels:
-                target = _decided(target, self.head)
+                target = _binarised(target, self.head)
 
         auxiliary_loss = entropy(adapted.predict(image), self.head).mean()
         auxiliary = adapted.gradients(auxiliary_loss)
@@ -121,7 +121,7 @@ def cosine_of(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     return torch.cosine_similarity(first, second, dim=0).clamp(-1, 1).item()
 
 
-def _decided(target: Tensor, head: Head) -> Tensor:
+def _binarised(target: Tensor, head: Head) -> Tensor:
     if head == "sigmoid":
         return (target > 0.5).float()
     return one_hot(target.argmax(dim=1, keepdim=True), num_classes=target.shape[1])

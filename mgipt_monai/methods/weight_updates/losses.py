@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of a prediction that need no label: its entropy, and its distance from another prediction."""
+"""Label-free losses of a prediction: its entropy, and its distance from another prediction."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def entropy(logits: Tensor, head: Head) -> Tensor:
 
 
 def class_count(logits: Tensor, head: Head) -> int:
-    """Return among how many classes each decision is made: two for a sigmoid head, the channels for a softmax head."""
+    """Return the number of classes per decision: two for a sigmoid head, the number of channels for a softmax head."""
     return 2 if head == "sigmoid" else logits.shape[1]
 
 
 def confidence(logits: Tensor, head: Head) -> float:
-    """Probability of the likeliest class, mean over all decisions."""
+    """Probability of the most likely class, mean over all decisions."""
     likely = probabilities(logits, head)
     if head == "sigmoid":
         return float(torch.maximum(likely, 1 - likely).mean())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SAR: entropy minimisation that leaves unreliable pixels out, seeks flat minima, and starts anew when it collapses."""
+"""SAR: entropy minimisation that ignores unreliable pixels, seeks flat minima, and recovers from collapse."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class SAR(WeightAdaptation):
     """Sharpness-aware and reliable entropy minimisation, with model recovery.
 
     Adapts the weight and bias of each batch norm, on a copy; the norm layers normalise with the image's own statistics.
-    The paper's filter acts per image, here it acts per pixel (per pixel and channel for a sigmoid head): those whose
-    entropy is below ``margin`` times the largest possible one count. The step follows the gradient at the weights that
-    SAM reaches by going ``rho`` uphill, over the pixels that are reliable at both. When the moving average of that loss
-    falls below ``recovery_threshold`` the copy, its optimiser and the average start anew. An image without a reliable
-    pixel changes nothing. The prediction is the one before the update.
+    The paper filters images; here the filter acts per pixel (per pixel and channel for a sigmoid head), and keeps those
+    whose entropy is below ``margin`` times the largest possible one. The step follows the gradient at the weights that
+    SAM reaches by moving ``rho`` uphill, over the pixels that are reliable at both points. When the moving average of
+    that loss falls below ``recovery_threshold``, the copy, its optimiser and the average are reset. An image without a
+    reliable pixel changes nothing. The prediction is the one before the update.
 
     Keeps these weights, their momentum and the average between images: a few thousand numbers fitted to the images
     seen, no image. Cost: 4 F (two forwards, two backwards of about 1 F each); 1 F where no pixel is reliable.
@@ -43,9 +43,9 @@ class SAR(WeightAdaptation):
         rho: length of SAM's step uphill.
         margin: share of the largest entropy (ln 2 for a sigmoid head, ln C for C softmax channels) up to which a pixel
             is reliable.
-        recovery_threshold: e_m, as a share of the largest entropy; 0 never recovers. The paper's 0.2 nats belong to
-            1,000 classes, they are 0.029 of ln 1,000. Taken as they are, a network of two classes, sure of most pixels,
-            would recover after every image, and predict as :class:`BatchNormAdaptation` does.
+        recovery_threshold: e_m, as a share of the largest entropy; 0 never recovers. The paper's 0.2 nats are for 1,000
+            classes, where they are 0.029 of ln 1,000. Used unchanged, a two-class network that is confident on most
+            pixels would recover after every image and predict like :class:`BatchNormAdaptation`.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
 
@@ -138,11 +138,11 @@ class SAR(WeightAdaptation):
 
 
 def uphill(gradients: Sequence[Tensor], rho: float) -> list[Tensor]:
-    """Return SAM's step: along the gradient of all weights taken together, of length ``rho`` (0 where it is zero)."""
+    """Return SAM's step: along the joint gradient of all weights, of length ``rho`` (0 if the gradient is zero)."""
     length = torch.stack([gradient.norm() for gradient in gradients]).norm()
     return [gradient * (rho / (length + 1e-12)) for gradient in gradients]
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    # not by indexing, whose backward adds up in no fixed order on a GPU
+    # not by indexing, whose backward is not deterministic on a GPU
     return (values * chosen).sum() / chosen.sum()

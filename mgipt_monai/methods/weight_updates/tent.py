@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TENT: each image makes the network surer of itself."""
+"""TENT: entropy minimisation, which makes the network more confident."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Tent(WeightAdaptation):
 
     Adapts the weight and bias of each batch norm, on a copy; the norm layers normalise with the image's own statistics.
     The entropy is binary per channel for a sigmoid head and categorical for a softmax head, mean over all pixels. The
-    prediction is the one before the update, as in the authors' code: it is there at no further forward, and an image's
-    own step reaches the images after it.
+    prediction is the one before the update, as in the authors' code: it needs no additional forward, and an image's
+    step takes effect from the next image on.
 
     Keeps these weights and Adam's moments between images: a few thousand numbers fitted to the images seen, no image.
     Cost: 2 F (one forward, and one backward of about 1 F, since convolutions need no weight gradient).

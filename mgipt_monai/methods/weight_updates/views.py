@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views of an image whose predictions can be laid back over it, and the mean of these predictions."""
+"""Views of an image whose predictions can be mapped back onto it, and the mean of these predictions."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = ["View", "mean_probabilities", "scales_and_flips", "turns_and_flips"]
 
 
 class View(NamedTuple):
-    """How an image becomes a view, and how the view's prediction is laid back over the image."""
+    """How an image becomes a view, and how the view's prediction is mapped back onto the image."""
 
     apply: Callable[[Tensor], Tensor]
     undo: Callable[[Tensor], Tensor]
 
 
 def mean_probabilities(predict: Callable[[Tensor], Tensor], image: Tensor, views: Sequence[View], head: Head) -> Tensor:
-    """Predict every view, one after the other, lay the probabilities back over the image, and take their mean."""
+    """Predict each view in turn, map the probabilities back onto the image, and return their mean."""
     first, *others = views
     total = first.undo(probabilities(predict(first.apply(image)), head))
     for view in others:
@@ -34,9 +34,9 @@ def mean_probabilities(predict: Callable[[Tensor], Tensor], image: Tensor, views
 
 
 def turns_and_flips() -> list[View]:
-    """Return the image, its two flips and its turns by 90, 180 and 270 degrees, in the first two spatial axes.
+    """Return the image, its two flips and its rotations by 90, 180 and 270 degrees, in the first two spatial axes.
 
-    In a volume of MONAI these are the axes within a slice.
+    In a MONAI volume these are the axes within a slice.
     """
     flips = [View(partial(torch.flip, dims=(axis,)), partial(torch.flip, dims=(axis,))) for axis in (2, 3)]
     turns = [View(partial(torch.rot90, k=k, dims=(2, 3)), partial(torch.rot90, k=-k, dims=(2, 3))) for k in (1, 2, 3)]
@@ -44,12 +44,12 @@ def turns_and_flips() -> list[View]:
 
 
 def scales_and_flips(size: Sequence[int], output_size: Sequence[int], scales: Sequence[float]) -> list[View]:
-    """Return the image at each scale, as it is and flipped (left and right of an image of rows and columns).
+    """Return the image at each scale, original and flipped (left-right for an image of rows and columns).
 
     Args:
         size: the image's spatial size.
         output_size: the spatial size of its prediction.
-        scales: factors of the size.
+        scales: scale factors.
 
     Returns:
         Two views per scale.
@@ -75,7 +75,7 @@ def scales_and_flips(size: Sequence[int], output_size: Sequence[int], scales: Se
 
 
 def _scaled(side: int, scale: float) -> int:
-    # a network that halves its input takes the view if it takes the image: a side keeps its powers of two, up to 32
+    # keep the side's powers of two, up to 32: a network that downsamples then accepts the view as well as the image
     step = min(side & -side, 32)
     return max(round(side * scale / step), 1) * step
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics, normalisation and alignment loss of features in a few passes, whose gradient needs the features alone.
+"""Fused statistics, normalisation and alignment loss of features, whose gradient needs only the features.
 
-Plain autograd would hold a tensor of the features' size for each operation on them. Here the gradient is written out:
-of ``normalised = scale * x + shift`` and the loss it is ``scale * upstream + slope * (x - mean) + constant``, with one
+Plain autograd would keep a tensor of the features' size for each operation. Here the gradient is written out: for
+``normalised = scale * x + shift`` and the loss it is ``scale * upstream + slope * (x - mean) + constant``, with one
 number of each per sample and channel.
 """
 
@@ -19,16 +19,16 @@ __all__ = ["Blend", "align", "alignment_loss", "calibrate", "instance_statistics
 
 
 class Blend(NamedTuple):
-    """What features are normalised with: given statistics, blended with the features' own (Eq. 6).
+    """Statistics to normalise features with: given ones, blended with the features' own (Eq. 6).
 
-    Mean and variance of the blend are ``weight * given + (1 - weight) * own``. The gradient that flows through the
-    features' own part follows from the same number, so the two cannot fall out of step.
+    Mean and variance of the blend are ``weight * given + (1 - weight) * own``. The gradient through the features' own
+    part uses the same weight, so the two stay consistent.
 
     Attributes:
         mean: given mean, (C,) or (B, C).
         variance: given variance, same shape.
-        weight: of the given statistics, lambda of Eq. 6, in [0, 1]; 0 leaves the features' own alone.
-        fixed: whether the blend is taken as a constant: no gradient flows through it.
+        weight: weight of the given statistics, lambda of Eq. 6, in [0, 1]; 0 uses only the features' own.
+        fixed: whether the blend is treated as a constant, through which no gradient flows.
     """
 
     mean: Tensor
@@ -98,14 +98,15 @@ def align(
     blend: Callable[[Tensor, Tensor], Blend | None],
     target: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Normalise features with statistics that their own have a part in, and measure their alignment loss.
+    """Normalise features with a blend of given statistics and their own, and measure their alignment loss.
 
     Args:
         x: features (B, C, \\*spatial).
         layer: the norm layer, for its ``eps``, ``weight`` and ``bias``; the latter two may be None.
-        blend: from the features' mean and standard deviation, (B, C) each, to what is blended with them to normalise;
-            None normalises with the features' own alone.
-        target: from the features' mean and deviation to those to align with, taken as given; None measures no loss.
+        blend: maps the features' mean and standard deviation, (B, C) each, to the blend to normalise with; a result of
+            None normalises with the features' own statistics only.
+        target: maps the features' mean and deviation to those to align with, treated as constants; None measures no
+            loss.
 
     Returns:
         Normalised features, and their loss (B,), see :func:`alignment_loss`, or None. Both are differentiable once,
@@ -132,7 +133,8 @@ class _Statistics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, mean_gradient: Tensor, std_gradient: Tensor) -> Tensor:
         x, mean, std = ctx.saved_tensors
-        return _of_features(x, mean, mean_gradient, _of_variance(std_gradient, std), torch.empty_like(x))
+        variance_gradient = _variance_gradient(std_gradient, std)
+        return _features_gradient(x, mean, mean_gradient, variance_gradient, torch.empty_like(x))
 
 
 class _Align(torch.autograd.Function):
@@ -163,43 +165,46 @@ class _Align(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, of_loss: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, upstream: Tensor, loss_gradient: Tensor | None) -> tuple[Any, ...]:
         x, mean, std, source_mean, source_std, blended_mean, inverse, scale = ctx.saved_tensors
         space = tuple(range(2, x.ndim))
-        of_shift = upstream.sum(space)
+        shift_gradient = upstream.sum(space)
         scratch = torch.sub(x, _over_space(mean, x)).mul_(upstream)
-        of_scale = torch.addcmul(scratch.sum(space), mean - blended_mean, of_shift)
+        scale_gradient = torch.addcmul(scratch.sum(space), mean - blended_mean, shift_gradient)
 
-        per_channel = 0 if of_loss is None else of_loss[:, None] / mean.shape[1]
-        of_mean = (mean - source_mean).sign_() * per_channel
-        of_variance = _of_variance((std - source_std).sign_() * per_channel, std)
-        of_mean.addcmul_(of_shift, scale, value=-ctx.slope)
-        of_variance.addcmul_(of_scale * scale, inverse.square(), value=-ctx.slope / 2)
-        of_x = _of_features(x, mean, of_mean, of_variance, scratch).addcmul_(upstream, _over_space(scale, x))
-        of_weight = (of_scale * inverse).sum(0) if ctx.needs_input_grad[1] else None
-        of_bias = of_shift.sum(0) if ctx.needs_input_grad[2] else None
-        return of_x, of_weight, of_bias, None, None, None
+        per_channel = 0 if loss_gradient is None else loss_gradient[:, None] / mean.shape[1]
+        mean_gradient = (mean - source_mean).sign_() * per_channel
+        variance_gradient = _variance_gradient((std - source_std).sign_() * per_channel, std)
+        mean_gradient.addcmul_(shift_gradient, scale, value=-ctx.slope)
+        variance_gradient.addcmul_(scale_gradient * scale, inverse.square(), value=-ctx.slope / 2)
+        x_gradient = _features_gradient(x, mean, mean_gradient, variance_gradient, scratch)
+        x_gradient.addcmul_(upstream, _over_space(scale, x))
+        weight_gradient = (scale_gradient * inverse).sum(0) if ctx.needs_input_grad[1] else None
+        bias_gradient = shift_gradient.sum(0) if ctx.needs_input_grad[2] else None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
 
 
 def _measure(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation; ``scratch``, of the features' shape, is overwritten."""
+    """Return mean and deviation; ``scratch``, with the features' shape, is overwritten."""
     space = tuple(range(2, x.ndim))
     mean = x.mean(space)
-    # two passes, since the mean of squares less the squared mean loses digits where the mean is large
+    # two passes: the mean of squares minus the squared mean loses digits if the mean is large
     torch.sub(x, _over_space(mean, x), out=scratch)
     return mean, (scratch.square_().sum(space) / max(x[0, 0].numel() - 1, 1)).sqrt_()
 
 
-def _of_variance(std_gradient: Tensor, std: Tensor) -> Tensor:
-    """Turn the gradient of the deviation into that of the variance, zero where a channel is constant."""
+def _variance_gradient(std_gradient: Tensor, std: Tensor) -> Tensor:
+    """Convert the gradient of the deviation to that of the variance, zero where a channel is constant."""
     return torch.where(std > 0, std_gradient / (2 * std), 0)
 
 
-def _of_features(x: Tensor, mean: Tensor, mean_gradient: Tensor, variance_gradient: Tensor, out: Tensor) -> Tensor:
+def _features_gradient(
+    x: Tensor, mean: Tensor, mean_gradient: Tensor, variance_gradient: Tensor, out: Tensor
+) -> Tensor:
     """Return in ``out`` the gradient of the features, given those of their mean and variance (B, C)."""
     voxels = x[0, 0].numel()
     slope = variance_gradient * (2 / max(voxels - 1, 1))
-    # centred first: of a channel that is nearly constant the slope is steep
+    # centre first: the slope is steep where a channel is nearly constant
     torch.sub(x, _over_space(mean, x), out=out).mul_(_over_space(slope, x))
     return out.add_(_over_space(mean_gradient / voxels, x))
 

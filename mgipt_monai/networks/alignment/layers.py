@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers of a network can be aligned with its source, and which features are measured there."""
+"""Which layers of a network can be aligned with its source, and which of their features are measured."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ MEASURE = (
     "`mgipt source-statistics SOURCE_IMAGES FILE --weights WEIGHTS` (for a bundle of your own: merge "
     "configs/existing_source_statistics.yaml into its inference config)"
 )
-"""How a statistics file is written."""
+"""How to write a statistics file."""
 
 GIVE_A_FILE = (
-    "measure them once over source images and give the file as statistics (in the bundle: statistics_path); it is "
-    f"written by {MEASURE}"
+    f"measure them once on source images with {MEASURE} and pass the file as statistics (in the bundle: "
+    "statistics_path)"
 )
 
 NEEDS_BATCH_NORM = (
@@ -51,12 +51,12 @@ def stored_statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def find_norm_layers(network: nn.Module, pattern: str | None = None, advice: str = GIVE_A_FILE) -> dict[str, nn.Module]:
-    """Find the layers that can be aligned as they are: those with stored statistics.
+    """Find the layers that can be aligned without a statistics file: those with stored statistics.
 
     Args:
         network: any network.
         pattern: regular expression that a layer's dotted name must contain; None takes all.
-        advice: what to do about a network without such a layer, the end of the error's message.
+        advice: end of the error message for a network without such a layer.
 
     Returns:
         Name to layer, in the network's order.
@@ -77,8 +77,8 @@ def find_norm_layers(network: nn.Module, pattern: str | None = None, advice: str
 def find_measurable_layers(network: nn.Module, pattern: str | None = None) -> dict[str, nn.Module]:
     """Find the layers whose source statistics can be measured: batch, instance, group and layer norms.
 
-    A layer norm counts if it normalises over the last axis alone. In a network without any of these the convolutions
-    take their place.
+    A layer norm counts if it normalises over the last axis only. In a network without any of these, convolutions are
+    used instead.
 
     Args:
         network: any network.
@@ -107,7 +107,7 @@ def find_listed_layers(
         network: the network that the file was made for.
         names: the dotted names of the file's layers.
         pattern: regular expression that a name must contain; None takes all.
-        origin: what to call the file in a message.
+        origin: name of the file in error messages.
 
     Returns:
         Name to layer, in the file's order.
@@ -137,21 +137,22 @@ def _matching(layers: dict[str, nn.Module], pattern: str | None, kind: str) -> d
     return chosen
 
 
-def layer_features(layer: nn.Module, taken: Tensor, given: Tensor, images: int) -> Tensor | None:
-    """Lay a layer's features out by image, channel and place.
+def layer_features(layer: nn.Module, layer_input: Tensor, layer_output: Tensor, images: int) -> Tensor | None:
+    """Arrange a layer's features by image, channel and position.
 
     Args:
-        layer: a norm layer or a convolution. The channels of a layer norm are its last axis.
-        taken: what the layer took, (N, ...). N is the number of images, or a multiple of it where a network folds the
-            windows of an image into the batch, those of the first image first.
-        given: what it gave.
+        layer: a norm layer, whose input is measured, or a convolution, whose output is. The channels of a layer norm
+            are its last axis.
+        layer_input: (N, ...). N is the number of images, or a multiple of it if the network folds the windows of an
+            image into the batch, those of the first image first.
+        layer_output: (N, ...).
         images: number of images in this forward.
 
     Returns:
-        Features (images, C, \\*spatial), an image's windows as the first spatial axis where there are several. None
-        where there are no spatial axes, so that one image has no statistics, or where N is no multiple.
+        Features (images, C, \\*spatial), with an image's windows as the first spatial axis if there are several. None
+        if there are no spatial axes, so that one image has no statistics, or if N is not a multiple.
     """
-    features = given if isinstance(layer, _ConvNd) else taken
+    features = layer_output if isinstance(layer, _ConvNd) else layer_input
     if features.ndim < 3 or len(features) % images:
         return None
     if isinstance(layer, nn.LayerNorm):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Alignment (Eq. 2) and calibrated normalisation (Eq. 6): norm layers of a frozen network that see the source.
+"""Alignment (Eq. 2) and calibrated normalisation (Eq. 6) at the norm layers of a frozen network.
 
-:class:`AlignedNorms` puts its own forward over the chosen layers while it is attached. Classes, weights, buffers and
-state-dict keys stay as they are, and ``detach`` leaves no trace. What a layer normalises with is one value, a
-:class:`Blend`, and what it is aligned with is one pair of statistics; :class:`BlendedNorms` and
-:class:`mgipt_monai.networks.SiteNorms` choose others.
+:class:`AlignedNorms` replaces the forward of the chosen layers while it is attached. Classes, weights, buffers and
+state-dict keys do not change, and ``detach`` leaves no trace. A layer normalises with a :class:`Blend` and is aligned
+with a mean and a deviation. :class:`BlendedNorms` and :class:`mgipt_monai.networks.SiteNorms` choose other ones.
 """
 
 from __future__ import annotations
@@ -36,29 +35,29 @@ Normalization = Literal["instance", "calibrated", "source"]
 
 
 def check_normalization(name: str, value: str) -> None:
-    """Raise ValueError unless ``value`` is one of the three ways to normalise."""
+    """Raise ValueError unless ``value`` is one of the three normalisations."""
     if value not in get_args(Normalization):
         raise ValueError(f"{name} must be one of {', '.join(get_args(Normalization))}; got {value!r}")
 
 
 class AlignedNorms:
-    """The norm layers of a frozen network, able to normalise in three ways and to measure the alignment loss.
+    """The norm layers of a frozen network, with three normalisations and a measurement of the alignment loss.
 
-    Layers that store statistics (batch norm) normalise as chosen, always with what they store in the blend. Others keep
-    their own forward, whatever is chosen, and their features are measured.
+    Layers that store statistics (batch norm) use the chosen normalisation, always with their stored statistics in the
+    blend. Other layers keep their own forward, and only their features are measured.
 
     Args:
         network: a network with batch norm, or any with ``statistics``; it is not changed until :meth:`attach`.
         layers: regular expression on the dotted names of the layers to align; None aligns all: those that store
-            statistics, or those in ``statistics``. The others act as always and add nothing to the loss.
+            statistics, or those in ``statistics``. Other layers do not change and add nothing to the loss.
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
-        statistics: what the loss aligns with; None takes what the layers store. Whether they were measured with the
-            network's weights is checked at the first forward.
-        route: how images go through the network; None takes them whole.
+        statistics: what the loss aligns with; None uses the stored statistics of the layers. The first forward checks
+            that they were measured with the network's weights.
+        route: how images go through the network; None runs whole images.
 
     Raises:
         ValueError: if no layer can be aligned, ``source_weight`` is outside [0, 1], or, at the first forward, the
-            statistics are of other weights.
+            statistics belong to other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
@@ -92,13 +91,13 @@ class AlignedNorms:
         self.normalization: Normalization = "source"
         self.losses: list[Tensor] | None = None
         self.forwards = 0
-        self.end = ForwardEnd()
+        self.forward_end = ForwardEnd()
         self._layout = ChannelsLast()
-        self._covered: list[tuple[nn.Module, Any]] | None = None
+        self._replaced: list[tuple[nn.Module, Any]] | None = None
         self._ready_on: torch.device | None = None
 
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
-        """Return what a layer normalises with, given its features' own mean and deviation (B, C); None: these alone."""
+        """Return the blend for a layer, given its features' own mean and deviation (B, C); None uses only these."""
         if self.normalization == "instance":
             return None
         source_mean, source_std = self.stored(name)
@@ -114,13 +113,13 @@ class AlignedNorms:
         return mean, variance.sqrt()
 
     def align(self, name: str, features: Tensor) -> Tensor:
-        """Normalise a layer's features (B, C, \\*spatial) with their blend, and collect their loss if one is asked for.
+        """Normalise a layer's features (B, C, \\*spatial) with their blend, and collect their loss if requested.
 
         Raises:
-            ForwardEndedError: if the loss is all that is asked for, and this is the last layer that it needs.
+            ForwardEndedError: if only the loss is requested, and this is the last layer that it needs.
         """
-        if self.end.is_last(name):
-            self.measure(name, features)  # it ends the forward: nobody looks at the normalised features
+        if self.forward_end.is_last(name):
+            self.measure(name, features)  # ends the forward: the normalised features are not needed
         target = None if self.losses is None else lambda mean, std: self.target(name, mean, std)
         aligned, loss = align(features, self.layers[name], lambda mean, std: self.blend(name, mean, std), target)
         if loss is not None:
@@ -135,34 +134,34 @@ class AlignedNorms:
     def _collect(self, name: str, loss: Tensor) -> None:
         assert self.losses is not None  # layers measure only while losses are collected
         self.losses.append(loss)
-        self.end.measured(name)
+        self.forward_end.measured(name)
 
     def attach(self) -> None:
-        """Put the aligned forward over the chosen layers (once). They act as before until a normalisation is chosen."""
-        if self._covered is not None:
+        """Replace the forward of the chosen layers (once). They act as before until a normalisation is chosen."""
+        if self._replaced is not None:
             return
         forwards = {layer: _AlignedLayer(self, name, layer).forward for name, layer in self.layers.items()}
         forwards |= {layer: FrozenPReLU(layer).forward for layer in FrozenPReLU.layers(self.network)}
-        self._covered = [(layer, layer.__dict__.get("forward")) for layer in forwards]
+        self._replaced = [(layer, layer.__dict__.get("forward")) for layer in forwards]
         for layer, forward in forwards.items():
             layer.forward = forward
 
     def detach(self) -> None:
-        """Give the layers the forward back that they had; no effect if nothing is attached."""
-        for layer, forward in self._covered or []:
+        """Restore the layers' own forward; no effect if nothing is attached."""
+        for layer, forward in self._replaced or []:
             del layer.forward
             if forward is not None:
                 layer.forward = forward
-        self._covered = None
+        self._replaced = None
 
     @contextmanager
     def _using(self, images: Tensor, normalization: Normalization, losses: list[Tensor] | None) -> Iterator[None]:
         check_normalization("normalization", normalization)
         if self.network.training:
-            raise RuntimeError("the network is in training mode, it would change its own statistics: call eval() first")
+            raise RuntimeError("the network is in training mode and would change its own statistics: call eval() first")
         if self.statistics is not None and self._ready_on != images.device:
             self._prepare(self.statistics, images.device)
-        was_attached = self._covered is not None
+        was_attached = self._replaced is not None
         if not was_attached:
             self.attach()
         self.normalization, self.losses = normalization, losses
@@ -174,7 +173,7 @@ class AlignedNorms:
                 self.detach()
 
     def _prepare(self, statistics: SourceStatistics, device: torch.device) -> None:
-        """Check the statistics and bring them to where the images are: not for each image, it reads all weights."""
+        """Check the statistics and move them to the device; not done for each image, since it reads all weights."""
         statistics.check(self.network)
         self.targets = {
             name: (statistics.layers[name].mean.to(device), statistics.layers[name].std.to(device))
@@ -183,28 +182,28 @@ class AlignedNorms:
         self._ready_on = device
 
     def start(self, image: Tensor) -> None:
-        """Begin with an image (1, C, \\*spatial): count its forwards, and choose where its loss is measured."""
+        """Start an image (1, C, \\*spatial): count its forwards, and choose the windows of its loss."""
         self.forwards = 0
-        # the order of the layers is looked at once per image
-        self.end = ForwardEnd()
+        # the order of the layers is recorded once per image
+        self.forward_end = ForwardEnd()
         self.windows = Windows(self.route, image)
 
     @property
     def loss_windows(self) -> int:
-        """Number of windows in which the image's loss is measured: what one loss costs."""
+        """Number of windows in which the image's loss is measured, each at the cost of one forward."""
         return 1 if self.windows is None else self.windows.count
 
     def _run(self, images: Tensor) -> Tensor:
         self.images = len(images)
         self.forwards += len(images)
-        # where nothing is normalised otherwise, predictions are the network's own to the last bit
+        # without another normalisation, predictions are bit-identical to the network's own
         if self.normalization == "source" or not any(map(has_stored_statistics, self.layers.values())):
             return self._forward(images)
         return self._layout.run(self._forward, images)
 
     def _forward(self, images: Tensor) -> Tensor:
-        """Run the network; a forward that is repeated begins anew."""
-        if self.end.begin():
+        """Run the network; a repeated forward starts again with no losses."""
+        if self.forward_end.restart():
             self.losses = []
         return self.network(images)
 
@@ -220,10 +219,10 @@ class AlignedNorms:
             return torch.cat([windows.predict(part, self._run) for part in parts(images)])
 
     def predict_and_measure(self, image: Tensor, normalization: Normalization = "source") -> tuple[Tensor, float]:
-        """Predict one image (1, C, \\*spatial) and measure its alignment loss on the way, over all that is run.
+        """Predict one image (1, C, \\*spatial) and measure its alignment loss in the same forwards.
 
         Returns:
-            Logits (1, K, \\*spatial), and the mean loss over the aligned layers and, where there are, all windows.
+            Logits (1, K, \\*spatial), and the mean loss over the aligned layers and, with windows, over all windows.
         """
         with self._using(image, normalization, []):
             logits = self.route.inferer(image, self._run)
@@ -234,7 +233,7 @@ class AlignedNorms:
 
         Args:
             images: (B, C, \\*spatial).
-            normalization: how the layers normalise meanwhile.
+            normalization: the layers' normalisation during the forward.
 
         Raises:
             RuntimeError: if the network is in training mode, or no aligned layer takes part.
@@ -247,19 +246,19 @@ class AlignedNorms:
             return windows.loss(images, self._measured)
 
     def _measured(self, images: Tensor) -> Tensor:
-        with self.end.forward():
+        with self.forward_end.forward():
             self._run(images)
         return torch.stack(self._measurements()).mean(dim=0)
 
     def _measurements(self) -> list[Tensor]:
-        """Return what the layers measured since ``losses`` was emptied."""
+        """Return the losses that the layers have measured since ``losses`` was emptied."""
         if not self.losses:
             raise RuntimeError(f"none of the aligned layers took part in the forward: {', '.join(self.layers)}")
         return self.losses
 
 
 class _AlignedLayer:
-    """What stands in the place of one layer's forward; a bound method of it survives deepcopy and pickle."""
+    """Replaces one layer's forward; as a bound method it survives deepcopy and pickle."""
 
     def __init__(self, norms: AlignedNorms, name: str, layer: nn.Module) -> None:
         self.norms, self.name, self.layer = norms, name, layer
@@ -267,7 +266,7 @@ class _AlignedLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Do what the layer does, with the chosen normalisation, and measure its loss."""
         norms, layer = self.norms, self.layer
-        # a layer that stores no statistics normalises each image by itself already, or is no norm layer
+        # a layer without stored statistics already normalises each image by itself, or is not a norm layer
         if norms.normalization != "source" and has_stored_statistics(layer):
             features = layer_features(layer, x, x, norms.images)
             if features is not None:
@@ -282,17 +281,17 @@ class _AlignedLayer:
 
 
 class BlendedNorms(AlignedNorms):
-    """VPTTA's norm layers: where they normalise ``calibrated``, they are aligned with that very blend.
+    """VPTTA's norm layers: with ``calibrated`` they are aligned with the same blend that they normalise with.
 
-    The blend's mean and variance are ``source_weight * source + (1 - source_weight) * image``. The blend is a goal and
-    not a way to get there: no gradient flows through it, neither in the target nor in the normalisation. The logits are
-    those of :class:`AlignedNorms`; under another normalisation the loss is as well. With ``statistics`` the source's
-    part of the target is theirs, also at layers that keep their own forward.
+    The blend's mean and variance are ``source_weight * source + (1 - source_weight) * image``. The blend is treated as
+    a constant: no gradient flows through it, neither in the target nor in the normalisation. The logits equal those of
+    :class:`AlignedNorms`; with other normalisations the loss does too. With ``statistics`` these are the source's part
+    of the target, also at layers that keep their own forward.
 
     Args:
         network: see :class:`AlignedNorms`.
         layers: see :class:`AlignedNorms`.
-        source_weight: share of the source in the blend; may be set anew for each image.
+        source_weight: weight of the source in the blend; may be changed for each image.
         statistics: see :class:`AlignedNorms`.
 
     Example:
@@ -304,7 +303,7 @@ class BlendedNorms(AlignedNorms):
     """
 
     def target(self, name: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the blend that is normalised with, without gradient, or else the source's statistics."""
+        """Return the blend without gradient for ``calibrated``, otherwise the source's statistics."""
         source = super().target(name, mean, std)
         if self.normalization != "calibrated":
             return source
@@ -312,6 +311,6 @@ class BlendedNorms(AlignedNorms):
         return target_mean, target_variance.sqrt()
 
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
-        """Return the blend of :class:`AlignedNorms`, as one that no gradient flows through if it is calibrated."""
+        """Return the blend of :class:`AlignedNorms`, without gradient for ``calibrated``."""
         blend = super().blend(name, mean, std)
         return blend if blend is None or self.normalization != "calibrated" else blend._replace(fixed=True)

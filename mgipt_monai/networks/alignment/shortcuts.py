@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What makes a forward of a frozen network cheaper and leaves its numbers as they are."""
+"""Speed-ups for the forwards of a frozen network, with the same numbers up to rounding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["ChannelsLast", "ForwardEnd", "ForwardEndedError", "FrozenPReLU"]
 
 
 class ForwardEndedError(BaseException):
-    """Leaves the network at the last measured layer; it is no ``Exception``, so that the network does not catch it."""
+    """Leaves the network at the last measured layer; not an ``Exception``, so that the network does not catch it."""
 
 
 class ForwardEnd:
-    """The order in which layers are measured, seen in a whole forward, by which later ones know their last layer.
+    """Ends forwards at the last measured layer, which it knows from the latest complete forward.
 
-    A forward ends early where the same layers were measured in the same order, and as often, as in the latest whole
-    forward. One that differs is run whole, and its order is the one to know from then on.
+    A forward ends early if the same layers were measured in the same order, and equally often, as in the latest
+    complete forward. One that differs runs completely, and its order replaces the known one.
 
     Example:
         >>> end = ForwardEnd()
@@ -43,7 +43,7 @@ class ForwardEnd:
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Run a forward within it that may end early."""
+        """Let the forward within the block end early."""
         self._seen = []
         try:
             yield
@@ -53,18 +53,18 @@ class ForwardEnd:
         finally:
             self._seen = None
 
-    def begin(self) -> bool:
-        """Begin the forward, or begin it anew, with nothing measured; return whether it is one that may end early."""
+    def restart(self) -> bool:
+        """Start the forward, or start it again, with no layer measured; return whether it may end early."""
         if self._seen is not None:
             self._seen = []
         return self._seen is not None
 
     def is_last(self, name: str) -> bool:
-        """Whether this forward ends at the layer, if it is measured now."""
+        """Whether the forward ends at this layer, if it is measured now."""
         return self._seen is not None and [*self._seen, name] == self._known
 
     def measured(self, name: str) -> None:
-        """Take note of a layer that has been measured.
+        """Note that a layer has been measured.
 
         Raises:
             ForwardEndedError: if it was the last one.
@@ -77,14 +77,14 @@ class ForwardEnd:
 
 
 class ChannelsLast:
-    """Runs a network on 2D images with the channels innermost (``torch.channels_last``).
+    """Runs a network on 2D images in the memory format ``torch.channels_last``, on a CPU.
 
-    The numbers are the same up to rounding. Weights stay as they are: convolutions follow the image's order, and other
-    layers the convolutions'. A network that cannot take it, since it calls ``view`` on features, is given the images as
-    they are, from then on.
+    The numbers are the same up to rounding. Weights keep their format: convolutions follow the format of the image, and
+    other layers that of the convolutions. If the network fails because it calls ``view`` on features, images keep their
+    format from then on.
 
     Attributes:
-        refused: whether the network could not take it.
+        refused: whether the network failed with it.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class ChannelsLast:
         if self.refused or images.ndim != 4 or images.device.type != "cpu":
             return network(images)
         try:
-            # a copy: with one channel the strides of both orders can be the same, and the first layer takes its pick
+            # copied: with one channel both formats can have the same strides, and the first layer picks either
             return network(images.clone(memory_format=torch.channels_last)).contiguous()
         except RuntimeError as error:
             if "view size is not compatible" not in str(error):
@@ -105,16 +105,16 @@ class ChannelsLast:
 
 
 class FrozenPReLU:
-    """What a ``PReLU`` with one slope does while its network is aligned.
+    """A faster forward for a ``PReLU`` with one slope while its network is aligned.
 
-    Its forward is a bound method, as that of :class:`AlignedLayer`.
+    The forward is a bound method, which survives deepcopy and pickle.
     """
 
     def __init__(self, layer: nn.PReLU) -> None:
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the layer returns, bit for bit."""
+        """Return the layer's output, bit-identical."""
         weight = self.layer.weight
         if weight.requires_grad or not x.requires_grad or x.device.type != "cpu":
             return nn.PReLU.forward(self.layer, x)
@@ -122,5 +122,5 @@ class FrozenPReLU:
 
     @staticmethod
     def layers(network: nn.Module) -> list[nn.PReLU]:
-        """Return the layers of a network that are a PReLU with one slope."""
+        """Return a network's ``PReLU`` layers with one slope."""
         return [layer for layer in network.modules() if type(layer) is nn.PReLU and layer.num_parameters == 1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a site does to a network's features, told apart from what its images do, and norm layers that correct it."""
+"""Site statistics, which separate a site's effect on features from image content, and norm layers that correct it."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from mgipt_monai.utils.state_checks import check_finite, check_keys, check_numbe
 __all__ = ["SiteNorms", "SiteStatistics"]
 
 FARTHEST = 3.0
-"""Bound on the logarithm of a deviation's ratio to the source's: a silent channel is not infinitely far."""
+"""Bound on the logarithm of a deviation's ratio to the source's, so that a silent channel is not infinitely far."""
 
 
 class SiteStatistics(nn.Module):
-    """Running statistics of a site's images, and how much of their distance from the source is the site's.
+    """Running statistics of a site's images, and how much of their distance from the source is due to the site.
 
-    One image's statistics say little about its site: they also tell what is in the image, such as how large a structure
-    is, and to take them for the site's removes that. So for each channel of a layer the distances of the images from
-    the source, ``z = (mean - source_mean) / source_std`` and ``r = log(std / source_std)``, are averaged along the
-    stream, and so are their squares. The averages are the shift; what the images vary around them is the spread. The
-    network copes with a shift that is small against the spread, since images of its source vary as well. Each layer is
-    therefore corrected by a share of its shift::
+    One image's statistics say little about its site: they also reflect image content, such as the size of a structure,
+    and normalising with them removes that content. So for each channel of a layer the distances of the images from the
+    source, ``z = (mean - source_mean) / source_std`` and ``r = log(std / source_std)``, are averaged along the stream,
+    and so are their squares. The averages are the shift; the images' deviation from them is the spread. The network
+    copes with a shift that is small compared with the spread, since source images vary as well. Each layer is therefore
+    corrected by a share of its shift::
 
         share = n / (n + caution) * shift^2 / (shift^2 + spread^2)
 
-    with both squares averaged over the channels, z and r together, n the images seen, and the chance part of the shift,
-    ``spread^2 / n``, taken off it before. It is 0 where images scatter around the source, and tends to 1 where all are
-    away from it in the same direction.
+    where n is the number of images seen, and both squares are averaged over the channels, z and r together. The part
+    expected by chance, ``spread^2 / n``, is first subtracted from ``shift^2``. The share is 0 where images scatter
+    around the source, and tends to 1 where all differ from it in the same direction.
 
-    Averages are plain ones for the first ``horizon`` images, and give the latest image the weight ``1 / horizon`` from
-    then on, so that they follow a stream to its next site.
+    The averages are plain means for the first ``horizon`` images. From then on the latest image has the weight
+    ``1 / horizon``, so that they follow a stream to its next site.
 
     Args:
-        horizon: images, at least 2.
-        caution: how many images of the source the first image is set against, at least 0.
+        horizon: number of images, at least 2.
+        caution: number of source images that the site's images are weighed against, at least 0.
 
     Raises:
         ValueError: for a setting out of range.
@@ -52,7 +52,7 @@ class SiteStatistics(nn.Module):
         >>> source_mean, source_std = torch.zeros(2), torch.ones(2)
         >>> for _ in range(40):
         ...     site.begin()
-        ...     site.look("norm", torch.full((1, 2), 3.0), torch.ones(1, 2), source_mean, source_std)
+        ...     site.observe("norm", torch.full((1, 2), 3.0), torch.ones(1, 2), source_mean, source_std)
         ...     mean, std = site.correct("norm", source_mean, source_std)
         ...     site.end()
         >>> mean[0].item() > 2.7, round(site.evidence, 2)
@@ -77,33 +77,33 @@ class SiteStatistics(nn.Module):
         self._count = 0
         self._averages: dict[str, Tensor] = {}
         self._latest: dict[str, Tensor] = {}
-        self._looks: dict[str, int] = {}
+        self._observed: dict[str, int] = {}
         self._shares: dict[str, Tensor] = {}
 
     def begin(self) -> None:
-        """Begin with an image; what was seen of one that did not :meth:`end` is forgotten."""
-        self._latest, self._looks, self._shares = {}, {}, {}
+        """Start an image; an image that was started before without :meth:`end` is discarded."""
+        self._latest, self._observed, self._shares = {}, {}, {}
 
-    def look(self, name: str, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> None:
-        """Take in what a layer sees of the image at hand, in all or in a window of it.
+    def observe(self, name: str, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> None:
+        """Add a layer's input statistics of the current image, for the whole image or one window.
 
         Args:
             name: the layer's name.
-            mean: of the layer's input, (B, C); where B is more than one, the views' mean counts.
-            std: its deviation, (B, C), above 0.
+            mean: mean of the layer's input, (B, C); averaged over several views.
+            std: its standard deviation, (B, C), above 0.
             source_mean: (C,).
             source_std: (C,), above 0.
         """
         z, r = (mean - source_mean) / source_std, (std / source_std).log().clamp(-FARTHEST, FARTHEST)
         seen = torch.stack([z, r, z.square(), r.square()]).mean(dim=1)
-        looks = self._looks[name] = self._looks.get(name, 0) + 1
-        self._latest[name] = seen if looks == 1 else torch.lerp(self._latest[name], seen, 1 / looks)
+        count = self._observed[name] = self._observed.get(name, 0) + 1
+        self._latest[name] = seen if count == 1 else torch.lerp(self._latest[name], seen, 1 / count)
 
     def correct(self, name: str, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and deviation of a layer's input at the site, as far as they are trusted.
+        """Return the mean and deviation of a layer's input at the site, moved from the source's by the layer's share.
 
         Args:
-            name: the layer's name, of which something was seen.
+            name: the layer's name; it must have been observed for the current image.
             source_mean: (C,).
             source_std: (C,), above 0.
 
@@ -113,11 +113,11 @@ class SiteStatistics(nn.Module):
         averages = self._with_latest(name)
         shift, spread = averages[:2], (averages[2:] - averages[:2].square()).clamp(min=0)
         seen = self._count + 1
-        # an exponential average tells as much as so many images; of one image no spread is known
-        told = min(seen, 2 * self.horizon - 1)
-        if told > 1:
-            spread = spread * told / (told - 1)
-        square = (shift.square() - spread / told).mean().clamp(min=0)
+        # an exponential average is worth that many images; a single image has no spread
+        effective = min(seen, 2 * self.horizon - 1)
+        if effective > 1:
+            spread = spread * effective / (effective - 1)
+        square = (shift.square() - spread / effective).mean().clamp(min=0)
         share = square / (square + spread.mean()).clamp(min=1e-12) * seen / (seen + self.caution)
         self._shares[name] = share
         z, r = share * shift
@@ -131,24 +131,24 @@ class SiteStatistics(nn.Module):
 
     @property
     def evidence(self) -> float:
-        """Mean share over the layers, for the image at hand: how far this is another site, in [0, 1)."""
+        """Mean share over the layers for the current image, in [0, 1): the evidence for another site."""
         return torch.stack(list(self._shares.values())).mean().item() if self._shares else 0.0
 
     def end(self) -> None:
-        """Take the image at hand into the averages."""
+        """Add the current image to the averages."""
         self._averages = {**self._averages, **{name: self._with_latest(name) for name in self._latest}}
         self._count += 1
 
     def adaptation_state(self) -> dict[str, Any]:
-        """Return what lasts: how many images, and four averages per channel."""
+        """Return the state: the number of images, and four averages per channel of each layer."""
         return {"count": self._count, "averages": {name: a.cpu().clone() for name, a in self._averages.items()}}
 
     def load_adaptation_state(self, state: dict[str, Any], channels: dict[str, int]) -> None:
-        """Take up what :meth:`adaptation_state` returned.
+        """Restore what :meth:`adaptation_state` returned.
 
         Args:
             state: the state.
-            channels: of each layer that may be in it.
+            channels: number of channels of each layer that may be in it.
 
         Raises:
             ValueError: if it does not fit; nothing is changed then.
@@ -158,7 +158,7 @@ class SiteStatistics(nn.Module):
         check_keys("averages", state["averages"], set())
         for name, averages in state["averages"].items():
             if name not in channels:
-                raise ValueError(f"the state's averages are of a layer {str(name)[:60]!r} that is not aligned")
+                raise ValueError(f"the state has averages of a layer {str(name)[:60]!r} that is not aligned")
             check_tensor(f"averages of {name}", averages)
             if averages.shape != (4, channels[name]):
                 shape = tuple(averages.shape)
@@ -172,15 +172,15 @@ class SiteStatistics(nn.Module):
 
 
 class SiteNorms(AlignedNorms):
-    """Batch norms of a frozen network that, while :meth:`corrected_to` a site, normalise ``calibrated`` with its part.
+    """Batch norms of a frozen network whose ``calibrated`` uses a site's statistics within :meth:`corrected_to`.
 
-    Otherwise they are :class:`AlignedNorms`, whose ``calibrated`` blends the image's statistics with the source's.
+    Otherwise they act like :class:`AlignedNorms`, whose ``calibrated`` blends the image's statistics with the source's.
 
     Example:
         >>> import torch
         >>> norms = SiteNorms(torch.nn.Sequential(torch.nn.BatchNorm2d(3)).eval())
         >>> site = SiteStatistics(caution=0)
-        >>> with norms.corrected_to(site, looks=True):
+        >>> with norms.corrected_to(site, observe=True):
         ...     features = norms.predict(torch.rand(1, 3, 8, 8), "calibrated")
         >>> features.mean().abs().item() < 1e-5  # one image and no caution: its own statistics
         True
@@ -189,34 +189,34 @@ class SiteNorms(AlignedNorms):
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
         self.site: SiteStatistics | None = None
-        self.looks = False
+        self.observe = False
         self.image_share = 0.0
 
     @contextmanager
-    def corrected_to(self, site: SiteStatistics, looks: bool = False, image_share: float = 0.0) -> Iterator[None]:
-        """Normalise ``calibrated`` with a site's statistics meanwhile.
+    def corrected_to(self, site: SiteStatistics, observe: bool = False, image_share: float = 0.0) -> Iterator[None]:
+        """Use a site's statistics for ``calibrated`` within the block.
 
         Args:
-            site: what is known of the site.
-            looks: whether each layer shows the site what it sees first, of one image or of windows of it.
+            site: the site's statistics.
+            observe: whether each layer first adds its input's statistics to the site's, for an image or its windows.
             image_share: weight of the image's own statistics beside the site's (1 - lambda of Eq. 6, with the site in
                 the source's place), in [0, 1].
         """
-        self.site, self.looks, self.image_share = site, looks, image_share
+        self.site, self.observe, self.image_share = site, observe, image_share
         try:
             yield
         finally:
-            self.site, self.looks, self.image_share = None, False, 0.0
+            self.site, self.observe, self.image_share = None, False, 0.0
 
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
-        """Return the site's statistics, with the image's own in the blend by ``image_share``."""
+        """Return the site's statistics, blended with the image's own by ``image_share``."""
         if self.normalization != "calibrated" or self.site is None:
             return super().blend(name, mean, std)
-        # deviations with eps, as the layer takes them: a channel that is silent in the source divides by something too
+        # deviations include eps, as in the layer, so that silent source channels do not divide by zero
         source_mean, source_variance = stored_statistics(self.layers[name])
         eps: float = self.layers[name].eps  # type: ignore[assignment] # any norm layer has one
         source = source_mean, (source_variance + eps).sqrt()
-        if self.looks:
-            self.site.look(name, mean, (std.square() + eps).sqrt(), *source)
+        if self.observe:
+            self.site.observe(name, mean, (std.square() + eps).sqrt(), *source)
         site_mean, site_std = self.site.correct(name, *source)
         return Blend(site_mean, site_std.square() - eps, 1 - self.image_share)

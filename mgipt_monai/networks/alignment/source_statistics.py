@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Source statistics: what source images look like inside a network, measured once and kept in a small file."""
+"""Source statistics: feature statistics of source images inside a network, measured once and kept in a small file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """Statistics of one layer's features, per channel, each (C,) float32. With sliding windows an image is a window.
+    """Statistics of one layer's features per channel, each (C,) float32. Each sliding window counts as an image.
 
     Attributes:
         mean: mean over the source images of an image's mean.
@@ -46,13 +46,13 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class SourceStatistics:
-    """What the source images look like inside a network, made by :func:`measure_source_statistics`.
+    """Feature statistics of source images inside a network, see :func:`measure_source_statistics`.
 
     Attributes:
         layers: dotted name to statistics, in the network's order.
         images: number of source images.
-        fingerprint: of the weights that they were measured with, see :func:`mgipt_monai.utils.provenance.fingerprint`.
-        path: the file that they were read from; None if they were not.
+        fingerprint: of the weights they were measured with, see :func:`mgipt_monai.utils.provenance.fingerprint`.
+        path: the file they were read from; None if they were not read from a file.
 
     Raises:
         ValueError: at construction, for statistics that are not finite numbers, one per channel.
@@ -65,7 +65,7 @@ class SourceStatistics:
 
     @property
     def origin(self) -> str:
-        """What to call them in a message."""
+        """Their name in error messages."""
         return "the statistics" if self.path is None else f"the statistics in {self.path}"
 
     def __post_init__(self) -> None:
@@ -83,19 +83,19 @@ class SourceStatistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:
-        """Read a file that :meth:`save` wrote; no code in it is ever run.
+        """Read a file written by :meth:`save`, without executing any code in it.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is not a readable statistics file, naming it.
+            ValueError: if it is not a readable statistics file.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no statistics file at {path}: make it with {MEASURE}")
+            raise FileNotFoundError(f"there is no statistics file at {path}: create it with {MEASURE}")
         try:
             content = load_state(path, "statistics file")
             if content["version"] != VERSION:
                 raise ValueError(f"version {content['version']!r}, this needs {VERSION}")
-            # files of version 0.1 hold the images' spread as well
+            # files of version 0.1 also contain the images' spread
             layers = {name: LayerStatistics(layer["mean"], layer["std"]) for name, layer in content["layers"].items()}
             return cls(layers, content["images"], content["fingerprint"], os.fspath(path))
         except Exception as error:
@@ -104,7 +104,7 @@ class SourceStatistics:
             ) from error
 
     def check(self, network: nn.Module) -> None:
-        """Raise ValueError unless ``network`` has the very weights that the statistics were measured with."""
+        """Raise ValueError unless ``network`` has exactly the weights that the statistics were measured with."""
         if fingerprint(network) != self.fingerprint:
             raise ValueError(
                 f"{self.origin} were measured with other weights than this {type(network).__name__} has: "
@@ -113,7 +113,7 @@ class SourceStatistics:
 
 
 def read_statistics(statistics: SourceStatistics | str | os.PathLike[str] | None) -> SourceStatistics | None:
-    """Return the statistics themselves, read from their file where a path is given."""
+    """Return the statistics, read from a file if a path is given."""
     if statistics is None or isinstance(statistics, SourceStatistics):
         return statistics
     return SourceStatistics.load(statistics)
@@ -127,24 +127,24 @@ def measure_source_statistics(
     inferer: Inferer | None = None,
     windows: int = 2,
 ) -> SourceStatistics:
-    """Measure what source images look like inside a network, at every norm layer or else every convolution.
+    """Measure feature statistics of source images at every norm layer of a network or, without any, every convolution.
 
-    The network runs in evaluation mode, one forward per image or window, and is as it was afterwards. No image is kept.
+    The network runs in evaluation mode, one forward per image or window, and is restored afterwards. No image is kept.
 
     Args:
-        network: the plain source network with its trained weights.
-        images: batches (B, C, \\*spatial), or dicts with such a batch under ``image``, as a MONAI ``DataLoader`` gives;
-            of the site that the network was trained on, prepared as for inference.
+        network: the source network with its trained weights.
+        images: batches (B, C, \\*spatial), or dicts with such a batch under ``image``, as from a MONAI ``DataLoader``;
+            from the site that the network was trained on, preprocessed as for inference.
         layers: regular expression on the names of the layers to measure; None measures all.
-        device: where the network is; None takes the device of its first parameter.
-        inferer: what images go through when they are adapted to: None for whole images, or a pipeline's
-            ``SlidingWindowInferer`` or ``SliceInferer``. Then each window counts as an image of its own.
-        windows: in how many windows an image is looked at, the same number and the same ones as in adaptation.
+        device: where the network is; None uses the device of its first parameter.
+        inferer: the inferer used in adaptation: None for whole images, or a pipeline's ``SlidingWindowInferer`` or
+            ``SliceInferer``, with which each window counts as an image.
+        windows: maximum number of windows per image to measure in; use the same number as in adaptation.
 
     Raises:
-        TypeError: for an inferer that adaptation cannot predict through.
-        ValueError: if there is no image or no layer to measure, an image has NaN or infinite values, or the network
-            makes such values of it.
+        TypeError: for an inferer that adaptation does not support.
+        ValueError: if there is no image or no layer to measure, or an image or its features have NaN or infinite
+            values.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -166,7 +166,7 @@ def measure_source_statistics(
         with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             for count, (image, file) in enumerate(_one_by_one(images, device), start=1):
                 if not torch.isfinite(image).all():
-                    raise ValueError(f"source image {count}{file} has NaN or infinite values: repair or leave it out")
+                    raise ValueError(f"source image {count}{file} has NaN or infinite values: repair or remove it")
                 for window in Windows(route, image).cut(image):
                     network(window)
     finally:
@@ -178,12 +178,12 @@ def measure_source_statistics(
         raise ValueError("there are no source images to measure")
     measured = {name: each.statistics() for name, each in seen.items() if each.count}
     if not measured:
-        raise ValueError(f"none of the layers sees features with spatial axes: {', '.join(chosen)}")
+        raise ValueError(f"none of the layers has features with spatial axes: {', '.join(chosen)}")
     return SourceStatistics(measured, count, fingerprint(network))
 
 
 class _RunningMean:
-    """Mean of the images' means and deviations so far, in float64."""
+    """Running mean of the images' means and deviations, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -198,8 +198,8 @@ class _RunningMean:
         return LayerStatistics(mean, std)
 
 
-def _observe(seen: _RunningMean, layer: nn.Module, taken: tuple[Tensor, ...], given: Tensor) -> None:
-    features = layer_features(layer, taken[0], given, images=1)
+def _observe(seen: _RunningMean, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    features = layer_features(layer, inputs[0], output, images=1)
     if features is not None:
         mean, std = instance_statistics(features)
         seen.add(torch.cat([mean, std]).cpu().double())
@@ -208,7 +208,7 @@ def _observe(seen: _RunningMean, layer: nn.Module, taken: tuple[Tensor, ...], gi
 def _one_by_one(
     batches: Iterable[Tensor | Mapping[str, Any]], device: torch.device | str
 ) -> Iterable[tuple[Tensor, str]]:
-    """Yield each image (1, C, \\*spatial), and its file's name in brackets as far as its meta data has one."""
+    """Yield each image (1, C, \\*spatial) and, if its metadata has one, its file name in brackets."""
     for batch in batches:
         if isinstance(batch, Mapping) and "image" not in batch:
             raise ValueError(f"a batch has no image: {dict(batch)}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volumes larger than the network's window: where they are looked at while prompts are tuned."""
+"""Volumes larger than the network's window: the windows in which the alignment loss is measured."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from torch.nn import functional
 __all__ = ["ForwardRoute", "Windows", "parts"]
 
 SMALL = {1: 2**16, 2: 2**16, 3: 2**18}
-"""Most voxels, by number of spatial axes, of images that go through the network together. Larger ones one by one: they
-keep a processor busy alone, and memory holds one image's features. It follows from the shape alone, so that an image
-gives the same bits whatever came before it."""
+"""Maximum number of voxels, by number of spatial axes, of images that go through the network together. Larger images go
+one by one: each keeps the processor busy, and memory holds one image's features. The choice depends on the shape alone,
+so that an image gives the same bits whatever came before it."""
 
 
 def parts(images: Tensor) -> tuple[Tensor, ...]:
-    """Split images (B, C, \\*spatial) into those that go through the network together: all if small, else each."""
+    """Split images (B, C, \\*spatial) into groups that go through the network together: all if small, else one each."""
     small = math.prod(images.shape[2:]) <= SMALL.get(images.ndim - 2, 0)
     return images.split(max(len(images), 1) if small else 1)
 
@@ -35,18 +35,18 @@ class ForwardRoute:
 
     Attributes:
         inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``.
-        windows: in how many windows at most the alignment loss is measured, at least 1.
+        windows: maximum number of windows in which the alignment loss is measured, at least 1.
     """
 
     inferer: Inferer = field(default_factory=SimpleInferer)
     windows: int = 2
 
     def change(self, inferer: Inferer, windows: int) -> None:
-        """Take another route from now on.
+        """Use another inferer and number of windows from now on.
 
         Raises:
-            TypeError: for an inferer that prompts cannot be used with.
-            ValueError: for fewer than one window.
+            TypeError: for an inferer that adaptation does not support.
+            ValueError: if ``windows`` is below 1.
         """
         if not isinstance(inferer, (SimpleInferer, SlidingWindowInferer)):
             raise TypeError(
@@ -61,12 +61,13 @@ class ForwardRoute:
 class Windows:
     """The windows of one image in which its alignment loss is measured.
 
-    They are the windows of most contrast (standard deviation of the unadapted image) among those that lie side
-    by side in the image. An image that a window covers has one window, the whole image, padded as the inferer pads it.
+    They are the windows with the highest contrast (standard deviation of the unadapted image) among those of a
+    non-overlapping grid. An image that fits into one window has a single window: the whole image, padded like the
+    inferer pads it.
 
     Args:
-        route: how the image goes through the network. With a ``SimpleInferer`` the window is the whole image, with a
-            ``SliceInferer`` windows are slices, given to the network without the axis they are cut along.
+        route: how the image goes through the network. With a ``SimpleInferer`` the window is the whole image. With a
+            ``SliceInferer`` windows are slices, passed to the network without the axis they are cut along.
         image: (1, C, \\*spatial), unadapted.
     """
 
@@ -93,14 +94,14 @@ class Windows:
 
     @property
     def count(self) -> int:
-        """How many windows there are."""
+        """Number of windows."""
         return max(1, len(self.slices))
 
     def loss(self, images: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the mean over the windows of each image's loss, differentiable with respect to the images.
+        """Return each image's mean loss over the windows, differentiable with respect to the images.
 
-        Only one window at a time is in memory, of one image unless they are small: the gradient is computed piece by
-        piece, along with the loss.
+        Memory holds one window at a time, of one image unless images are small: the gradient is computed window by
+        window, together with the loss.
 
         Args:
             images: prompted images (B, C, \\*spatial).
@@ -121,7 +122,7 @@ class Windows:
         return torch.cat([network(window) for window in self.cut(images)], dim=2)
 
     def cut(self, images: Tensor) -> Iterator[Tensor]:
-        """Cut the windows (B, C, \\*window) out of images (B, C, \\*spatial), one by one, as the network takes them."""
+        """Cut the windows (B, C, \\*window) out of images (B, C, \\*spatial), one by one, in the network's layout."""
         images = self._pad(images)
         return (self._cut(images, place) for place in self.slices or [...])
 
@@ -137,7 +138,7 @@ class Windows:
 
 
 class _PiecewiseLoss(torch.autograd.Function):
-    """The mean loss over windows; the gradient is gathered in the forward, so that no two pieces' graphs are held."""
+    """Mean loss over windows; the forward accumulates the gradient, so that only one piece's graph is in memory."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, loss: Callable, pieces: Sequence[tuple[slice, ...]], windows: int) -> Tensor:

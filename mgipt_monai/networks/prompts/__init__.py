@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompt injectors: low-frequency amplitude prompts, one per image and several that last (Eq. 1, 3, 4 and 5)."""
+"""Low-frequency amplitude prompts: one per image, and several that persist along the stream (Eq. 1, 3, 4 and 5)."""
 
 from __future__ import annotations
 

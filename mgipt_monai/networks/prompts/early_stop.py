@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Early stop (Eq. 4): whether growing the instance prompt still helps, without a label, and the jitter it looks at."""
+"""Early stop (Eq. 4): a label-free check of whether growing the instance prompt helps, and its jitter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = ["Head", "PhotometricJitter", "binarize", "consistency_score", "got_worse"]
 
 Head = Literal["sigmoid", "softmax"]
-"""How logits become a mask: each channel on its own at 0.5, or the largest channel (channel 0 is background)."""
+"""How logits become a mask: each channel thresholded at 0.5, or the largest channel (channel 0 is background)."""
 
 
 def check_head(head: str) -> None:
@@ -37,7 +37,7 @@ def binarize(logits: Tensor, head: Head) -> Tensor:
 
 
 def consistency_score(logits: Tensor, jittered_logits: Tensor, head: Head = "sigmoid") -> float:
-    """Soft Dice distance between the masks of an image and of its jittered view; 0 is full agreement, 1 is none.
+    """Dice distance between the masks of an image and of its jittered view; 0 is full agreement, 1 is none.
 
     Args:
         logits: (1, K, \\*spatial).
@@ -45,7 +45,7 @@ def consistency_score(logits: Tensor, jittered_logits: Tensor, head: Head = "sig
         head: how logits become masks.
 
     Returns:
-        One minus the Dice over all channels at once, smoothed by 1e-5.
+        One minus the Dice over all channels together, smoothed by 1e-5.
 
     Example:
         >>> import torch
@@ -53,13 +53,13 @@ def consistency_score(logits: Tensor, jittered_logits: Tensor, head: Head = "sig
         0.0
     """
     dice = DiceLoss(smooth_nr=1e-5, smooth_dr=1e-5)
-    # channels are laid side by side, so that they share one Dice
+    # flattened, so that all channels share one Dice
     masks = [binarize(each, head).flatten(1)[:, None] for each in (logits, jittered_logits)]
     return float(dice(*masks))
 
 
 def got_worse(previous: float, score: float) -> bool:
-    """Whether growing made the consistency strictly worse, so that the previous size is kept."""
+    """Whether growing made the consistency strictly worse, in which case the previous size is kept."""
     return previous < score
 
 
@@ -67,7 +67,7 @@ class PhotometricJitter(Randomizable):
     """Random brightness and contrast within an image's own value range.
 
     Brightness scales the distance from the image's minimum, contrast the distance from its mean; the result is clipped
-    to the image's range. So it fits images in [0, 1], standardised images and CT alike.
+    to the image's range. It therefore suits images in [0, 1], standardised images and CT alike.
 
     Args:
         brightness: the factor is drawn from 1 - brightness to 1 + brightness.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-frequency amplitude prompts (Eq. 1), exact and without a full Fourier transform.
 
-A prompt multiplies the amplitudes of an image's ``side ** d`` lowest frequencies and keeps their phases. Since a real
-factor on the amplitude is the same factor on the complex coefficient, the prompted image is the image plus the inverse
+A prompt multiplies the amplitudes of an image's ``side ** d`` lowest frequencies and keeps their phases. A real factor
+on the amplitude is the same factor on the complex coefficient, so the prompted image is the image plus the inverse
 transform of ``(prompt - 1) * coefficients``: one thin matrix product per axis.
 """
 
@@ -28,19 +28,19 @@ def _dft_rows(size: int, side: int, centred: bool, device: torch.device) -> Tens
     # the exponent is reduced modulo the size in integers, so that large images lose no precision
     turns = (frequencies[:, None] * torch.arange(size)[None, :]) % size
     angle = turns.double() * (-2 * math.pi / size)
-    # a tensor made under inference_mode could never take part in a backward pass
+    # a tensor created in inference_mode could not be used in a backward pass
     with torch.inference_mode(False):
         return torch.complex(angle.cos(), angle.sin()).to(torch.complex64).to(device)
 
 
 class LowFrequencies:
-    """The lowest frequencies of a batch of images, computed once, ready to take any number of prompts.
+    """The lowest frequencies of a batch of images, computed once for any number of prompts.
 
     Args:
         image: float tensor (B, C, \\*spatial), any number of spatial axes, any value range.
-        side: how many frequencies per spatial axis; at most the shortest spatial side.
-        centred: whether the block is centred on the zero frequency (``-(side // 2) .. side - 1 - side // 2``) or, as
-            the released code's global prompts, one step lower (an odd side only; an even side is the same in both).
+        side: number of frequencies per spatial axis; at most the shortest spatial side.
+        centred: whether the block is centred on the zero frequency (``-(side // 2) .. side - 1 - side // 2``) or, as in
+            the released code's global prompts, one step lower (for odd sides only; even sides are the same in both).
 
     Raises:
         ValueError: if the image is smaller than the prompt.
@@ -71,13 +71,13 @@ class LowFrequencies:
 
         Args:
             prompt: real multipliers (N, C, side, ...), with N the number of images, or any N for a single image; the
-                zero frequency stands in the middle (index ``side // 2`` of each axis if centred).
+                zero frequency is in the middle (index ``side // 2`` of each axis if centred).
 
         Returns:
             Prompted images (N, C, \\*spatial), differentiable with respect to the prompt.
 
         Raises:
-            ValueError: if the prompt has other channels, sides or axes than the image's block.
+            ValueError: if the prompt's channels, sides or axes do not match the image's block.
         """
         if prompt.shape[1:] != self.coefficients.shape[1:]:
             raise ValueError(
@@ -87,7 +87,7 @@ class LowFrequencies:
         for axis, rows in enumerate(self.rows[:-1], start=2):
             change = torch.tensordot(change, rows.conj(), dims=([axis], [0])).movedim(-1, axis)
         last = self.rows[-1]
-        # only the real part is wanted, so the last and largest product is done in real numbers
+        # only the real part is needed, so the last and largest product uses real numbers
         real = torch.cat([change.real, change.imag], dim=-1) @ torch.cat([last.real, last.imag], dim=0)
         return self.image + real
 
@@ -98,7 +98,7 @@ class FrequencyPrompt(nn.Module):
     Args:
         spatial_dims: number of spatial axes.
         in_channels: channels of the image.
-        side: frequencies per spatial axis, so the prompt has ``in_channels * side ** spatial_dims`` numbers.
+        side: frequencies per spatial axis; the prompt has ``in_channels * side ** spatial_dims`` numbers.
         centred: see :class:`LowFrequencies`.
 
     Raises:
@@ -138,13 +138,13 @@ def loss_gradients(
 
 
 def check_tuning(*values: Tensor) -> None:
-    """Raise FloatingPointError unless all that tuning gave is finite; it waits for the device once."""
+    """Raise FloatingPointError unless all values of the tuning are finite; this waits for the device once."""
     if not torch.cat([value.flatten() for value in values]).isfinite().all():
         raise FloatingPointError("the alignment loss or its gradient is not finite: check the image and the network")
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Return the sizes as a tuple; raise ValueError unless they are whole numbers from 1, each once."""
+    """Return the sizes as a tuple; raise ValueError unless they are different whole numbers from 1."""
     if any(not is_whole(size) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
         raise ValueError(f"{name} must be different whole numbers from 1, got {tuple(sizes)}")
     return tuple(int(size) for size in sizes)

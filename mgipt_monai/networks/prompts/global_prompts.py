@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MGP, the multi-scale global prompts (Eq. 5): the only thing that lasts from one image of a stream to the next."""
+"""MGP, the multi-scale global prompts (Eq. 5): the only state kept from one image of a stream to the next."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ __all__ = ["GlobalPrompts"]
 
 
 class GlobalPrompts(nn.Module):
-    """Students that take one Adam step per image, and teachers that follow them and are used to predict.
+    """Students that take one Adam step per image, and teachers that average them and are used for prediction.
 
     Args:
         sizes: side of each prompt, one student and one teacher per side; empty for none.
-        lr: learning rate; the optimiser is fresh for each image, so a step is about ``lr`` in each number.
+        lr: learning rate; the optimiser is new for each image, so a step changes each number by about ``lr``.
         betas: Adam's betas.
-        teacher_decay: share of the old teacher kept at each image, in [0, 1); 0 makes the teachers the students.
-        centred: whether the blocks are centred on the zero frequency; False is the released code's choice
+        teacher_decay: share of the old teacher kept at each image, in [0, 1); with 0 the teachers equal the students.
+        centred: whether the blocks are centred on the zero frequency; False matches the released code
             (see :class:`LowFrequencies`).
 
     Raises:
@@ -55,11 +55,11 @@ class GlobalPrompts(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Apply every teacher to one image: (1, C, \\*spatial) to (number of sizes, C, \\*spatial)."""
-        self._start(image)
+        self._prepare(image)
         return self._views(image, self.teachers)
 
     def step(self, image: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
-        """Move the students one step and let the teachers follow; all sizes in one batch.
+        """Move the students by one step and update the teachers; all sizes in one batch.
 
         Args:
             image: (1, C, \\*spatial).
@@ -68,7 +68,7 @@ class GlobalPrompts(nn.Module):
         Returns:
             The students' losses before the step, one per size.
         """
-        self._start(image)
+        self._prepare(image)
         if not self.sizes:
             return image.new_zeros(0)
         students = [student.clone().requires_grad_() for student in self.students]
@@ -86,7 +86,7 @@ class GlobalPrompts(nn.Module):
 
     @property
     def largest_change(self) -> float:
-        """Largest distance from one of a factor in the teachers; 0 before the first image."""
+        """Largest distance from 1 of a factor in the teachers; 0 before the first image."""
         return max(((teacher - 1).abs().max().item() for teacher in self.teachers), default=0.0)
 
     def extra_repr(self) -> str:
@@ -94,7 +94,7 @@ class GlobalPrompts(nn.Module):
         return f"sizes={self.sizes}, lr={self.lr}, teacher_decay={self.teacher_decay}, centred={self.centred}"
 
     def reset(self) -> None:
-        """Start a new stream: all prompts are ones again."""
+        """Start a new stream: all prompts start at ones again."""
         self.students, self.teachers = [], []
 
     def adaptation_state(self) -> dict[str, list[Tensor]]:
@@ -105,7 +105,7 @@ class GlobalPrompts(nn.Module):
         }
 
     def check_adaptation_state(self, state: dict[str, list[Tensor]]) -> None:
-        """Raise ValueError if the state's prompts are no finite tensors, not of one stream or of other sizes."""
+        """Raise ValueError if the state's prompts are not finite tensors, do not match, or have other sizes."""
         check_keys("state", state, {"students", "teachers"})
         for role in ("students", "teachers"):
             check_tensors(role, state[role])
@@ -113,23 +113,22 @@ class GlobalPrompts(nn.Module):
             if sides and sides != self.sizes:
                 raise ValueError(f"the state has {role} of sizes {sides}, these global prompts have {self.sizes}")
         if len(state["students"]) != len(state["teachers"]):
-            raise ValueError("the state has not as many teachers as students")
+            raise ValueError("the state has different numbers of students and teachers")
         for prompt in (*state["students"], *state["teachers"]):
             channels, dims = state["students"][0].shape[1:2], state["students"][0].ndim - 2
             if dims < 1 or prompt.shape != (1, *channels, *[prompt.shape[-1]] * dims):
-                raise ValueError(
-                    f"the state's students and teachers are not of one stream: shape {tuple(prompt.shape)}"
-                )
+                raise ValueError(f"the state's students and teachers do not match: shape {tuple(prompt.shape)}")
         for role in ("students", "teachers"):
             check_finite(role, *state[role])
 
     def load_adaptation_state(self, state: dict[str, list[Tensor]]) -> None:
-        """Take over prompts of the same sizes; raises ValueError, unchanged, if they do not fit."""
+        """Restore prompts of the same sizes; raise ValueError, without changing anything, if they do not fit."""
         self.check_adaptation_state(state)
         self.students = [p.detach().clone() for p in state["students"]]
         self.teachers = [p.detach().clone() for p in state["teachers"]]
 
-    def _start(self, image: Tensor) -> None:
+    def _prepare(self, image: Tensor) -> None:
+        """Create the prompts at the first image of a stream, check that they fit, and move them to the device."""
         channels, dims = image.shape[1], image.ndim - 2
         if not self.students:
             self.students = [torch.ones(1, channels, *[size] * dims, device=image.device) for size in self.sizes]

@@ -19,12 +19,12 @@ __all__ = ["InstancePrompt", "InstanceTuning"]
 
 @dataclass
 class InstanceTuning:
-    """What one image's tuning did.
+    """The result of tuning one image's prompt.
 
     Attributes:
         size: side of the chosen prompt.
-        losses: per tried size, the alignment loss that each step started from (the first is the unadapted image's).
-        consistency: per tried size, the consistency score (lower is better); empty where nothing was compared.
+        losses: per tried size, the alignment loss before each step (the first is the unadapted image's).
+        consistency: per tried size, the consistency score (lower is better); empty if sizes were not compared.
     """
 
     size: int = 0
@@ -38,23 +38,23 @@ class InstanceTuning:
 
     @property
     def loss_after(self) -> float | None:
-        """Loss that the chosen size's last step started from: the one after it would cost a forward."""
+        """Loss before the last step of the chosen size: the one after it would cost a forward."""
         return self.losses[self.size][-1] if self.losses else None
 
 
 class InstancePrompt(nn.Module):
     """Progressive instance prompt: tune, check, then grow or stop.
 
-    It starts at the smallest size as all ones. A tuned prompt becomes the frozen centre of the next size, whose new
-    outer ring starts at ones and is trained alone with a fresh Adam. Growing ends at the largest size, or as soon as
-    the consistency score gets worse; then the previous size's prompt is kept.
+    The smallest size starts at ones. A tuned prompt becomes the frozen centre of the next size, whose outer ring starts
+    at ones and is trained alone with a new Adam optimiser. Growth ends at the largest size, or as soon as the
+    consistency score gets worse; then the previous size's prompt is kept.
 
     Args:
-        sizes: sides to try, growing by an even number; one size alone is tuned without any check.
+        sizes: sides to try, increasing by an even number; a single size is tuned without any check.
         steps: Adam steps per size.
         lr: learning rate.
         betas: Adam's betas.
-        early_stop: whether a worse consistency score ends the growth. Without it the largest size is always reached.
+        early_stop: whether a worse consistency score ends the growth; otherwise the largest size is always reached.
 
     Raises:
         ValueError: at construction, for sizes that do not nest or settings out of range.
@@ -84,17 +84,17 @@ class InstancePrompt(nn.Module):
         self.betas = check_step(lr, betas)
         self.steps, self.lr, self.early_stop = steps, lr, early_stop
         self.amplitude: Tensor | None = None
-        """The prompt of the latest image (1, C, side, ...); it is replaced with the next image and is not state."""
+        """The latest image's prompt (1, C, side, ...); each image replaces it, and it is not part of the state."""
 
     def forward(self, image: Tensor) -> Tensor:
-        """Apply the latest tuned prompt to ``image`` (B, C, \\*spatial); before any tuning the image comes back."""
+        """Apply the latest tuned prompt to ``image`` (B, C, \\*spatial); without one, return the image unchanged."""
         if self.amplitude is None:
             return image
         return LowFrequencies(image, self.amplitude.shape[-1]).apply(self.amplitude)
 
     @property
     def largest_change(self) -> float:
-        """Largest distance from one of a factor in the latest image's prompt; 0 before the first image."""
+        """Largest distance from 1 of a factor in the latest image's prompt; 0 before the first image."""
         return 0.0 if self.amplitude is None else (self.amplitude - 1).abs().max().item()
 
     def extra_repr(self) -> str:
@@ -115,12 +115,12 @@ class InstancePrompt(nn.Module):
 
         Args:
             image: (1, C, \\*spatial).
-            loss: alignment loss of prompted images, (N, C, \\*spatial) to (N,); one forward and one backward a step.
-            consistency: score of a prompt, given as the function that applies it; called after each size, where there
-                is more than one.
+            loss: alignment loss of prompted images, (N, C, \\*spatial) to (N,); one forward and one backward per step.
+            consistency: score of a prompt, passed as the function that applies it; called after each size, if there are
+                several.
 
         Returns:
-            The chosen size and what was measured on the way. The prompt itself is in ``amplitude``.
+            The chosen size and the measurements. The prompt itself is in ``amplitude``.
         """
         tuning = InstanceTuning()
         self.amplitude = None
@@ -149,10 +149,10 @@ class InstancePrompt(nn.Module):
         for _ in range(self.steps):
             value, (gradient,) = loss_gradients(loss, low.apply(prompt), prompt)
             losses.append(value)
-            # Adam leaves an entry without gradient where it is: the centre stays frozen
+            # Adam does not move entries with zero gradient: the centre stays frozen
             prompt.grad = gradient * ring
             adam.step()
-        # read at the end, so that no step waits for a GPU; what is not finite once stays so in the prompt
+        # checked at the end, so that no step waits for a GPU; a non-finite value stays in the prompt
         tuned = prompt.detach()
         check_tuning(*losses, tuned)
         tuning.losses[size] = torch.cat(losses).tolist()
