@@ -43,7 +43,7 @@ def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) 
         seen[f"image, source weight {norms.source_weight}"] = norms.predict(image, "calibrated")
     norms.source_weight = 0.8
     seen["image, flipped"] = norms.predict(image.flip(-1), "calibrated").flip(-1)
-    with norms.corrected_to(site, looks=True):
+    with norms.corrected_to(site, observe=True):
         seen["site"] = norms.predict(image, "calibrated")
     evidence = site.evidence
     with norms.corrected_to(site, image_share=0.2):

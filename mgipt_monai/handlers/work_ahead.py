@@ -33,7 +33,7 @@ class WorkAheadHandler:
     image costs its forwards again.
 
     It pays off where images are large, metrics are computed or the method is cheap: reading and writing then take
-    longer than adapting. Other handlers must not run the network meanwhile. A twin is small for methods that keep the
+    longer than adapting. Other handlers must not run the network. A twin is small for methods that keep the
     network frozen; for others it has the size of the network.
 
     Attach it after :class:`TestTimeAdaptationHandler`.

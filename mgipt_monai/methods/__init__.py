@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test-time adaptation methods, all called alike: ``method(image)`` adapts and returns logits."""
+"""Test-time adaptation methods with one interface: ``method(image)`` adapts and returns logits."""
 
 from __future__ import annotations
 

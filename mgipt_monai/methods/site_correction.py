@@ -35,7 +35,7 @@ class SiteCorrection(AdaptationMethod):
         network: the source network, with batch norm that stores its statistics.
         site: None uses :class:`SiteStatistics` with its defaults.
         trust: reciprocal of the evidence at which the source's weight becomes 0, above 0.
-        image_share: weight of the image's own statistics beside the site's, in [0, 1].
+        image_share: weight of the image's own statistics in the third prediction, in [0, 1].
         aligned_layers: regular expression on the names of the norm layers to correct; None corrects all.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
 

@@ -151,7 +151,7 @@ BAD = {
     "b_thin.nii.gz": "an image of 12x14x5 is smaller than a prompt of side 7: use a larger image or smaller",
     "c_time.nii.gz": "3 channels where the network expects 1: convert the file, or split it",
     "d_vector.nii.gz": "4 spatial dimensions where the network expects 3",
-    "e_constant.nii.gz": "the image is constant, .* leave out the file",
+    "e_constant.nii.gz": "the image is constant, .* leave the file out",
     "f_flat.nii.gz": "2 spatial dimensions where the network expects 3",
     "g_photo.png": "2 spatial dimensions where the network expects 3",
     "h_cut_off.nii.gz": "is truncated: copy it again",

@@ -165,7 +165,7 @@ def overflowing() -> MixedNet:
         (lambda: (nn.Linear(8, 8), stream(1), None), "Linear has neither a norm layer nor a convolution"),
         (lambda: (MixedNet(), [{"failure": ["a.png is empty"]}], None), "no image: .*a.png is empty"),
         (lambda: (overflowing(), stream(1), None), "layer group are not finite"),
-        (lambda: (nn.LayerNorm(4), [torch.rand(2, 4)], None), "none of the layers sees .* spatial axes"),
+        (lambda: (nn.LayerNorm(4), [torch.rand(2, 4)], None), "none of the layers has .* spatial axes"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(make: Callable, message: str) -> None:

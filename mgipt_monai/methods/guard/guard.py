@@ -242,7 +242,7 @@ class Guard(nn.Module):
             self.memory.add(signals["loss"])
 
     def adaptation_state(self) -> dict[str, Any]:
-        """Return what lasts between images: plain numbers, and copies of the last good global prompts."""
+        """Return the guard's state: plain numbers, and copies of the last good global prompts."""
         return {**self.memory.state(), **copy.deepcopy(self.good)}
 
     def load_adaptation_state(self, state: dict[str, Any], lasting: Lasting) -> None:

@@ -248,6 +248,6 @@ class WeightAdaptation(AdaptationMethod):
             return
         # tensors created in inference_mode cannot be trained
         with torch.inference_mode(False):
-            fresh = self._copy()
-            fresh.load(state)
-        self.adapted = fresh
+            restored = self._copy()
+            restored.load(state)
+        self.adapted = restored

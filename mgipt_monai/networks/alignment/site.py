@@ -172,7 +172,7 @@ class SiteStatistics(nn.Module):
 
 
 class SiteNorms(AlignedNorms):
-    """Batch norms of a frozen network whose ``calibrated`` uses a site's statistics within :meth:`corrected_to`.
+    """Batch norms of a frozen network; within :meth:`corrected_to`, ``calibrated`` uses a site's statistics.
 
     Otherwise they act like :class:`AlignedNorms`, whose ``calibrated`` blends the image's statistics with the source's.
 
@@ -199,8 +199,8 @@ class SiteNorms(AlignedNorms):
         Args:
             site: the site's statistics.
             observe: whether each layer first adds its input's statistics to the site's, for an image or its windows.
-            image_share: weight of the image's own statistics beside the site's (1 - lambda of Eq. 6, with the site in
-                the source's place), in [0, 1].
+            image_share: weight of the image's own statistics in a blend with the site's (1 - lambda of Eq. 6, with the
+                site in the source's place), in [0, 1].
         """
         self.site, self.observe, self.image_share = site, observe, image_share
         try:

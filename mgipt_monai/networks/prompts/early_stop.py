@@ -71,7 +71,7 @@ class PhotometricJitter(Randomizable):
 
     Args:
         brightness: the factor is drawn from 1 - brightness to 1 + brightness.
-        contrast: likewise.
+        contrast: the same for the contrast.
 
     Raises:
         ValueError: if a setting is outside [0, 1).
