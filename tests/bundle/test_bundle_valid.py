@@ -182,3 +182,15 @@ def test_fast_overlay_costs_eight_forwards(tmp_path: Path, demo_sites: Path) -> 
     method = with_presets(tmp_path, demo_sites, "fast")
     method(torch.rand(1, 3, 64, 64))
     assert method.last[0]["forwards"] + method.last[0]["backwards"] == 8
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("bundle/configs/calibrate.yaml", "bundle/configs/source_statistics.yaml"),
+        ("configs/existing_calibrate.yaml", "configs/existing_source_statistics.yaml"),
+    ],
+)
+def test_config_of_version_0_1_is_the_renamed_one(old: str, new: str) -> None:
+    assert (ROOT / old).is_symlink()  # one file in the repository
+    assert (ROOT / old).read_text() == (ROOT / new).read_text()
