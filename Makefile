@@ -8,7 +8,7 @@ LABEL_VENV ?= .venv-label
 LABEL_RUN = PYTHONPATH=label $(LABEL_VENV)/bin/python -W ignore
 LABEL_APP = build/label/monaibundle
 
-.PHONY: demo benchmark bench label label-test test docs lint types format clean
+.PHONY: demo benchmark bench label label-test test attack docs lint types format clean
 
 # three cameras the source network has never seen, without and with adaptation: table and picture
 demo: $(VENV)/.installed
@@ -41,6 +41,10 @@ label-test: $(LABEL_VENV)/.installed
 # all tests; those on real images run where MGIPT_TEST_DATA names their folder
 test: $(VENV)/.installed
 	$(RUN) -m pytest -n 2
+
+# the attack suite in full: kills at every few lines, bombs, damaged files, races (tests/attack)
+attack: $(VENV)/.installed
+	MGIPT_ATTACK=full $(RUN) -m pytest -n 2 tests/attack tests/stream
 
 # the documentation as a site: build/docs/index.html
 docs: $(VENV)/.docs-installed

@@ -13,7 +13,7 @@ from mgipt_monai.utils.weights import load_encoder_weights, load_source_weights
 from . import _renamed, data, handlers, methods, networks
 from .benchmark import Benchmark
 from .data import find_stream, order_stream
-from .engines import AdaptationEvents, StreamFailedError, StreamingAdaptationEvaluator
+from .engines import AdaptationEvents, MachineFailureError, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import SourceStatisticsHandler, TestTimeAdaptationHandler
 from .methods import (
     MGIPT,
@@ -42,6 +42,7 @@ __all__ = [
     "Benchmark",
     "CoTTA",
     "GraTa",
+    "MachineFailureError",
     "PersistentInferer",
     "RecordFile",
     "SiteCorrection",

@@ -23,7 +23,8 @@ from monai.utils import OptionalImportError
 from tqdm import tqdm
 
 from mgipt_monai.installed import installed, near
-from mgipt_monai.utils.naming import root_cause
+from mgipt_monai.stream.signals import StoppedError, stopping_cleanly
+from mgipt_monai.utils.files import root_cause
 
 __all__ = ["BundleRun", "as_path", "errors_last", "read_settings", "split_settings"]
 
@@ -217,19 +218,25 @@ def errors_last(debug: bool = False, resumes: str = "") -> Iterator[None]:
         resumes: what goes on with a run that is interrupted.
 
     Raises:
-        SystemExit: 1 for an error, 130 for Ctrl-C.
+        SystemExit: 1 for an error, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
     if debug:
-        yield
+        with stopping_cleanly():
+            yield
         return
     loggers = [logging.getLogger(f"ignite.engine.engine.{name}") for name in ENGINES]
     loggers.append(logging.getLogger("monai.bundle.workflows"))
     for logger in loggers:
         logger.addFilter(_is_news)
+    goes_on = resumes and f": what is done is kept, and {resumes} goes on from there"
     try:
-        yield
+        with stopping_cleanly():
+            yield
+    except StoppedError as stop:
+        _say(f"\nended by {stop}{goes_on}")
+        raise SystemExit(stop.code) from None
     except KeyboardInterrupt:
-        _say(f"\ninterrupted{resumes and f': what is done is kept, and {resumes} goes on from there'}")
+        _say(f"\ninterrupted{goes_on}")
         # Python remembers an interrupted eval, such as MONAI's, until the next one, and would end itself by the signal
         eval("None")
         raise SystemExit(130) from None
@@ -259,7 +266,7 @@ def _message(error: BaseException) -> str:
     if "cannot find a suitable reader" in text:  # and here are those of all readers
         return f"{text.splitlines()[0]} Copy it again, or convert it to PNG or NIfTI"
     plain = isinstance(error, (ValueError, RuntimeError, OSError, ImportError))
-    return text if plain else f"{type(error).__name__}: {text} (--debug shows where)"
+    return text if plain else f"{type(error).__name__}: {str(error).strip()} (--debug shows where)"
 
 
 def _say(text: str) -> None:

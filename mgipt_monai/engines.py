@@ -8,7 +8,6 @@ import logging
 import os
 import time
 from collections.abc import Mapping, Sequence, Sized
-from contextlib import nullcontext
 from typing import Any
 
 import ignite.distributed as idist
@@ -21,14 +20,16 @@ from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
 from torch import nn
 
-from mgipt_monai.data.dataset import FAILURE, PLACE
+from mgipt_monai.data.dataset import FAILURE, MACHINE, MEMORY, PLACE
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.metrics import ImageMeasures
+from mgipt_monai.networks.alignment.norms import network_turn
+from mgipt_monai.stream.signals import stopping_cleanly
 from mgipt_monai.stream.summary import StreamSummary
-from mgipt_monai.utils.files import atomic_path
-from mgipt_monai.utils.naming import file_names, naming, root_cause
+from mgipt_monai.utils.files import atomic_path, file_names, root_cause, with_file_name
+from mgipt_monai.utils.machine import MachineFailureError, machine_failure, out_of_memory
 
-__all__ = ["AdaptationEvents", "StreamFailedError", "StreamingAdaptationEvaluator"]
+__all__ = ["AdaptationEvents", "MachineFailureError", "StreamFailedError", "StreamingAdaptationEvaluator"]
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +48,12 @@ class StreamFailedError(RuntimeError):
 class StreamingAdaptationEvaluator(SupervisedEvaluator):
     """One pass over an ordered stream of sites, adapting to each image, with results per site and overall.
 
-    A bad image (unreadable, NaN, wrong number of channels, missing mask, output not writable) is recorded as failed and
-    leaves the adaptation state bit-identical. The stream continues, and ``run`` ends with a :class:`StreamFailedError`
-    that names the failed images. A progress bar shows the site, the mean DSC so far, the chosen prompt size and images
-    per second.
+    A bad image (unreadable, NaN, wrong number of channels, missing mask) is recorded as failed and leaves the
+    adaptation state bit-identical. The stream continues, and ``run`` ends with a :class:`StreamFailedError` that names
+    the failed images. A failure of the machine (no space, no memory, an I/O error, no permission to write) ends the run
+    with a :class:`MachineFailureError` and is not recorded, so that the stream can be resumed at that image. SIGTERM
+    and SIGHUP end it as Ctrl-C does, with exit status 128 + the signal's number. A progress bar shows the site, the
+    mean DSC so far, the chosen prompt size and images per second.
 
     After each image ``state.record`` holds its record: ``name``, ``site``, ``round`` if the item has one, ``status``,
     ``seconds``, ``metrics`` if there is a label, and what the method did. After ``run``, ``state.summary`` (a
@@ -98,6 +101,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         self.measures = ImageMeasures(image_metrics, probability_metrics, class_names)
         self.stop_on_failure = stop_on_failure
         self.summary_path = summary_path
+        self.postprocessing = kwargs.get("postprocessing")  # which MONAI itself does not keep
         events = [*(kwargs.pop("event_names", None) or []), AdaptationEvents]
         super().__init__(
             device=torch.device(device),
@@ -116,6 +120,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         """Run the stream once.
 
         Raises:
+            MachineFailureError: at an image, if the machine failed.
             StreamFailedError: at the end, if images failed in any process.
             ValueError: if the stream is empty.
         """
@@ -125,7 +130,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             if self.state.epoch_length == 0:
                 raise ValueError("the stream has no images: give val_data_loader a non-empty dataset")
         self.state.summary = StreamSummary()
-        super().run(global_epoch)
+        # not while the processes wait for each other below, where no signal would be heard
+        with stopping_cleanly():
+            super().run(global_epoch)
         self.state.summary = self.state.summary.of_all_processes()
         figures = self.state.summary.figures()
         if not figures["all"]["images"] + figures["all"]["failed"]:
@@ -152,25 +159,40 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
         method: AdaptationMethod | None = getattr(self.inferer, "method", None)
+        if method is None and isinstance(self.network, AdaptationMethod):
+            method = self.network
         start = time.perf_counter()
         files = file_names(batchdata)
         place = {key: _first(batchdata[key]) for key in PLACE if key in batchdata}
         record = {"name": files[0] if files else "", "site": "", **place}
+        stopped: MachineFailureError | None = None
+        output: Any = None
         try:
-            with nullcontext() if method is None else method.transaction():
+            # a method without an inferer of its own takes its turn by itself
+            with network_turn(self.network) if method is None else method.transaction():
                 if FAILURE in batchdata:
-                    raise ValueError(_first(batchdata[FAILURE]))
+                    _raise_failure(batchdata)
                 output = super()._iteration(engine, batchdata)
                 # without the time of the metrics
                 record["seconds"] = time.perf_counter() - start
                 metrics = self.measures(engine.state.output[0])
-            record |= {"status": "ok", "metrics": metrics, **(method.last[0] if method is not None else {})}
+                record |= {"status": "ok", "metrics": metrics, **(method.last[0] if method is not None else {})}
         except Exception as error:
-            if self.stop_on_failure:
+            if (what := machine_failure(error)) is not None:
+                stopped = MachineFailureError(
+                    f"at {record['name']}: {what}. The machine failed, not the image, so it is not recorded: put that "
+                    "right and resume",
+                    out_of_memory(error),
+                )
+                stopped.__context__ = error
+            elif self.stop_on_failure:
                 raise
-            record |= {"status": "failed", "reason": naming(root_cause(error), files)}
-            logger.error("%s failed: %s", record["name"], record["reason"])
             output = None
+            record |= {"status": "failed", "reason": with_file_name(root_cause(error), files)}
+        if stopped is not None:
+            raise stopped  # not from the error, whose message would be shown in its place
+        if record["status"] == "failed":
+            logger.error("%s failed: %s", record["name"], record["reason"])
         record.setdefault("seconds", time.perf_counter() - start)
         engine.state.record = record
         engine.state.summary.add(engine.state.record)
@@ -189,6 +211,13 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         if "instance_size" in record:
             shown["size"] = record["instance_size"]
         return shown | {"images/s": 1 / record["seconds"]}
+
+
+def _raise_failure(batch: Mapping[str, Any]) -> None:
+    """Raise the error of an image that could not be loaded."""
+    if MACHINE in batch:
+        raise MachineFailureError(_first(batch[MACHINE]), bool(_first(batch[MEMORY])))
+    raise ValueError(_first(batch[FAILURE]))
 
 
 def _first(value: Any) -> Any:

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,9 +17,11 @@ from monai.inferers import Inferer, SimpleInferer, SliceInferer
 from torch import Tensor, nn
 
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.stream.records import RecordFile, json_types
-from mgipt_monai.stream.state_file import StreamFile
-from mgipt_monai.utils.naming import file_names
+from mgipt_monai.networks.alignment.norms import method_turn, network_turn
+from mgipt_monai.stream.pseudonyms import Pseudonyms
+from mgipt_monai.stream.records import Identifiers, RecordFile, check_identifiers, json_types
+from mgipt_monai.stream.state_file import StreamFile, read
+from mgipt_monai.utils.files import file_names
 
 __all__ = ["AdaptiveInferer", "PersistentInferer"]
 
@@ -89,9 +91,10 @@ class AdaptiveInferer(Inferer):
         """
         if args or kwargs:
             raise TypeError(f"AdaptiveInferer passes only images to the network, got also {[*args, *kwargs]}")
-        self.bind(network)
-        self.method.predict_through(*self._route())
-        return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
+        with method_turn(self.method):
+            self.bind(network)
+            self.method.predict_through(*self._route())
+            return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
 
     def with_method(self, method: AdaptationMethod) -> AdaptiveInferer:
         """Return an inferer with the same settings for another method, such as a twin of this one's."""
@@ -131,7 +134,7 @@ class AdaptiveInferer(Inferer):
 
     def _one_slice(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         if image.min() == image.max():
-            with torch.no_grad():
+            with torch.no_grad(), network_turn(self.method.network):
                 return self.method.network(image), {"forwards": 1, "backwards": 0}
         return self.method(image), self.method.last[0]
 
@@ -145,8 +148,9 @@ class PersistentInferer(AdaptiveInferer):
     """Adapts to the images of one stream across calls, inferers, networks and processes.
 
     The state file is authoritative: each call loads the stream from it, adapts, predicts, and writes it back. A failed
-    call leaves the file unchanged. Calls from several threads run one after another. Another process is refused from
-    this process's first call until this process ends.
+    call leaves the file unchanged, and the record of a call that did not come to save its state is removed by the next
+    one. Calls from several threads run one after another. Another process is refused from this process's first call
+    until this process ends.
 
     The records of a call's images are in ``last`` and, if the images are a ``MetaTensor``, in the prediction's metadata
     under ``adaptation`` (see :class:`mgipt_monai.data.AdaptationResultd`), one dict of JSON types per image: what the
@@ -164,10 +168,13 @@ class PersistentInferer(AdaptiveInferer):
         inferer: see :class:`AdaptiveInferer`.
         windows: see :class:`AdaptiveInferer`.
         slices: see :class:`AdaptiveInferer`.
+        identifiers: ``hashed`` writes 16 hexadecimal digits in place of an image's name, in the records and in the
+            prediction's metadata. The key is beside the records, or else beside the state (see
+            :class:`mgipt_monai.stream.records.AuditTrail`).
 
     Raises:
         TypeError: as :class:`AdaptiveInferer`; if ``adapt`` or ``reset`` is not a bool (such as the string "false").
-        ValueError: as :class:`AdaptiveInferer`.
+        ValueError: as :class:`AdaptiveInferer`; if ``identifiers`` are unknown.
 
     Example:
         >>> import tempfile, torch
@@ -191,13 +198,16 @@ class PersistentInferer(AdaptiveInferer):
         inferer: Inferer | None = None,
         windows: int = 2,
         slices: Slices = "shared",
+        identifiers: Identifiers = "names",
     ) -> None:
         super().__init__(method, inferer, windows, slices)
+        self.identifiers = check_identifiers(identifiers)
         for name, value in (("adapt", adapt), ("reset", reset)):
             if not isinstance(value, bool):
                 raise TypeError(f"{name} must be true or false, without quotation marks; got {value!r}")
         self.state_path = Path(state_path)
         self.records = None if record_path is None else RecordFile(record_path)
+        self._pseudonyms = Pseudonyms(Path(state_path if record_path is None else record_path).with_suffix(".key"))
         self.adapt, self.reset = adapt, reset
         self.last: list[dict[str, Any]] = []
 
@@ -210,49 +220,66 @@ class PersistentInferer(AdaptiveInferer):
             RuntimeError: if another process adapts with the state file.
             ValueError: for an image that cannot be adapted to, or a state file made with other weights or settings.
         """
-        self.last = []
-        with _one_at_a_time(self.state_path) as stream:
+        # one after another: calls of this stream, of this method, and of all methods on this network
+        with _one_at_a_time(self.state_path) as stream, method_turn(self.method), network_turn(_plain(network)):
+            self.last = []
             since = time.perf_counter()
             self.bind(network)
-            position = self._restore(stream)
+            content = self._restore(stream)
             start = self.method.adaptation_state()
             with self.method.transaction(start):
                 logits = super().__call__(inputs, network, *args, **kwargs)
                 names, seconds = [Path(name).name for name in file_names(inputs)], time.perf_counter() - since
-                rows = self._rows(names, position, seconds)
+                rows = self._rows(names, content["position"], seconds)
                 if self.adapt:
-                    self._keep(stream, rows)
+                    self._keep(stream, rows, content, start)
             if not self.adapt:
                 self.method.load_adaptation_state(start)
-        self.last = rows
+            self.last = rows
         if isinstance(logits, MetaTensor):
             logits.meta["adaptation"] = rows
         return logits
 
-    def _restore(self, stream: StreamFile) -> int:
-        """Restore the method's state from the stream; return the number of images done."""
+    def _restore(self, stream: StreamFile) -> dict[str, Any]:
+        """Restore the method's state from the stream; return what the stream's file says, a new one's position is 0."""
         if stream.exists() and not self.reset:
-            return stream.load(self.method)["position"]
+            return stream.load(self.method)
+        # the records of earlier streams stay, up to where the file that a reset replaces knows them
+        known: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # there may be none, or a damaged one
+            known = read(stream.path)
         self.method.reset()
         stream.start(self.method)
-        return 0
+        return {"position": 0, **{key: known[key] for key in ("records",) if key in known}}
 
     def _rows(self, names: list[str], position: int, seconds: float) -> list[dict[str, Any]]:
         done = self.method.last
         names = names if len(names) == len(done) else [""] * len(done)
+        if self.identifiers == "hashed":
+            names = [self._pseudonyms.of(name) for name in names]
         asked = {"adapt": self.adapt, "reset": self.reset, "seconds": seconds / len(done)}
         return [
             json_types({"name": name, "status": "ok", "position": position + i * self.adapt, **asked, **each})
             for i, (name, each) in enumerate(zip(names, done, strict=True), start=1)
         ]
 
-    def _keep(self, stream: StreamFile, rows: list[dict[str, Any]]) -> None:
+    def _keep(self, stream: StreamFile, rows: list[dict[str, Any]], content: dict[str, Any], start: Any) -> None:
+        state = {"adaptation": self.method.adaptation_state(), "position": rows[-1]["position"], "site": None}
         if self.records is not None:
+            # a call that ended between its record and its state has left a record of an image that was not learnt from
+            self.records.cut(content.get("records", {}))
+            if not stream.exists():
+                state_before = {"adaptation": start, "position": 0, "site": None, "records": self.records.mark()}
+                stream.save(self.method, state_before)
             for row in rows:
                 self.records.append(row)
-        state = {"adaptation": self.method.adaptation_state(), "position": rows[-1]["position"], "site": None}
+            state["records"] = self.records.mark()
         stream.snapshot(state)
         stream.save(self.method, state)
+
+
+def _plain(network: nn.Module) -> nn.Module:
+    return network.network if isinstance(network, AdaptationMethod) else network
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 __all__ = ["copy_folder", "find_config", "installed", "near", "overlays", "presets", "require"]
 
 FILES = {
-    "bundle": ("LICENSE", "configs/*", "docs/*", "models/model.pt"),
+    "bundle": ("LICENSE", "configs/*", "docs/*", "models/model.pt", "models/model.pt.sha256"),
     "configs": ("*.yaml", "*/*.yaml"),
 }
 """The files of each folder that are installed. All else in it is a user's: masks, states, source statistics."""

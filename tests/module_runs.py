@@ -32,7 +32,7 @@ def run_module(module: str, arguments: Sequence[str], timeout: float = 300) -> s
         if process.exitcode is None:
             process.kill()
             raise subprocess.TimeoutExpired(["python", "-m", module, *arguments], timeout)
-        out, err = (Path(file).read_text() if os.path.exists(file) else "" for file in files)
+        out, err = (Path(file).read_text(errors="backslashreplace") if os.path.exists(file) else "" for file in files)
     return subprocess.CompletedProcess(["python", "-m", module, *arguments], process.exitcode, out, err)
 
 

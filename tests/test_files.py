@@ -63,13 +63,13 @@ def test_state_with_code_is_refused(tmp_path: Path) -> None:
 def test_records_survive_a_line_cut_off(tmp_path: Path) -> None:
     records = RecordFile(tmp_path / "records.jsonl")
     for i in range(3):
-        records.append({"name": f"{i}", "loss": float("nan") if i == 0 else 0.1})
+        records.append({"name": f"{i}", "status": "ok", "seconds": 0.1, "loss": float("nan") if i == 0 else 0.1})
     with records.path.open("a") as file:
         file.write('{"name": "cut')
     assert [row["name"] for row in records.read()] == ["0", "1", "2"]
     assert records.read()[0]["loss"] is None
     assert [row["name"] for row in records.keep(2)] == ["0", "1"]
-    records.append({"name": "new"})
+    records.append({"name": "new", "status": "ok", "seconds": 0.1})
     assert [row["name"] for row in records.read()] == ["0", "1", "new"]
     with pytest.raises(ValueError, match="3 of the 9"):
         records.keep(9)

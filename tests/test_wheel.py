@@ -126,7 +126,7 @@ def check_content(source_dist: Path, wheel: Path) -> None:
         assert {"CHANGELOG.md", "docs/index.md", "setup.py", *expected()} <= members.keys()
         assert members["configs/existing_calibrate.yaml"].isfile()
         assert not [
-            name for name in members if name.startswith("tests") or "outputs" in name or "source_statistics.pt" in name
+            name for name in members if name.startswith("tests") or "outputs/" in name or "source_statistics.pt" in name
         ]
 
 

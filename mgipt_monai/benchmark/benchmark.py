@@ -7,8 +7,9 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
+
+from ignite.engine import Events
 
 from mgipt_monai.engines import StreamFailedError, StreamingAdaptationEvaluator
 from mgipt_monai.handlers import PeakMemoryHandler, TestTimeAdaptationHandler
@@ -16,8 +17,8 @@ from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods import AdaptationMethod, Source
 from mgipt_monai.report.folder import SCHEMA, SCHEMA_VERSION
 from mgipt_monai.report.pictures import PictureWriter
-from mgipt_monai.stream.records import RecordFile
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.stream.records import Identifiers, RecordFile, check_identifiers
+from mgipt_monai.utils.outputs import OutputFolder
 from mgipt_monai.utils.provenance import fingerprint
 
 from .results import summarise, timing, write_images_csv
@@ -25,6 +26,16 @@ from .results import summarise, timing, write_images_csv
 __all__ = ["Benchmark"]
 
 logger = logging.getLogger(__name__)
+
+FILES = ("results.json", "timing.json", "images.csv", "report.html", "records.key")
+METHOD_FILES = (
+    "adaptation_state.pt",
+    "adaptation_state.pt.attempt",
+    "records.jsonl",
+    "records.runs.json",
+    "records.key",
+    "settings.json",
+)
 
 
 class Benchmark:
@@ -42,6 +53,8 @@ class Benchmark:
         output_dir: folder to write to.
         compare: names of the methods to run, in this order; None runs all.
         resume: continue an interrupted run with the same settings; False starts again.
+        identifiers: ``hashed`` hides the images' names in everything that is written, see
+            :class:`mgipt_monai.stream.records.AuditTrail`; the key is ``records.key`` in ``output_dir``.
         settings: plain settings of the stream that a resumed run must share (seed, order, rounds, ...). ``seed`` is
             that of the bootstrap; ``reset_at_site`` is passed to each :class:`TestTimeAdaptationHandler`.
 
@@ -57,6 +70,7 @@ class Benchmark:
         compare: list[str] | None = None,
         resume: bool = True,
         settings: Mapping[str, Any] | None = None,
+        identifiers: Identifiers = "names",
     ) -> None:
         unknown = [name for name in compare or [] if name not in methods]
         if not methods:
@@ -64,31 +78,34 @@ class Benchmark:
         if unknown:
             raise ValueError(f"there is no method {', '.join(unknown)}: choose from {', '.join(methods)}")
         self.methods = {name: methods[name] for name in compare or methods}
-        self.evaluator, self.output_dir, self.resume = evaluator, Path(output_dir), resume
+        self.evaluator, self.folder, self.resume = evaluator, OutputFolder(output_dir), resume
         self.settings = {"seed": 0, "reset_at_site": False, **(settings or {})}
+        self.identifiers = check_identifiers(identifiers)
 
     def run(self) -> dict[str, Any]:
         """Run what has not been run yet, and return the content of ``results.json``.
 
         Raises:
+            FileExistsError: at the start, if files stand in ``output_dir`` that no run wrote.
             ModuleNotFoundError: at the start, if a package that the report needs is not installed.
             ValueError: if ``output_dir`` holds a run with other settings, or no image was processed by every method.
         """
         # imported here because the rest of the package does not need matplotlib
         from mgipt_monai.report.page import write_report
 
+        self.folder.prepare()
+        self.folder.claim(*FILES, *(f"{name}/{file}" for name in self.methods for file in METHOD_FILES))
         settings: dict[str, Any] = {}
         prompts: dict[str, Any] = {}
         baseline, weights = None, ""
         for name in self.methods:
             method = self._build(name)
             settings[name], weights = method.settings(), fingerprint(method.network)
-            self._check_settings(name, {**self.settings, "weights": weights, "method": settings[name]})
-            self._run(name, method)
+            self._run(name, method, {**self.settings, "weights": weights, "method": settings[name]})
             prompts[name] = {side: prompt.tolist() for side, prompt in method.prompt_maps().items()}
             baseline = name if baseline is None and isinstance(method, Source) else baseline
         results = self._write({**self.settings, "weights": weights, "methods": settings}, prompts, baseline)
-        logger.info("report: %s", write_report(self.output_dir))
+        logger.info("report: %s", write_report(self.folder.path))
         return results
 
     def _build(self, name: str) -> AdaptationMethod:
@@ -98,9 +115,19 @@ class Benchmark:
         method.reset()
         return method
 
-    def _run(self, name: str, method: AdaptationMethod) -> None:
-        folder = self.output_dir / name
+    def _run(self, name: str, method: AdaptationMethod, settings: dict[str, Any]) -> None:
+        wanted = self._check_settings(name, settings)
+        folder = self.folder.path / name
         logger.info("%s", name)
+        keeps = TestTimeAdaptationHandler(
+            state_path=folder / "adaptation_state.pt",
+            record_path=folder / "records.jsonl",
+            resume=self.resume,
+            reset_at_site=self.settings["reset_at_site"],
+            snapshots=0,
+            identifiers=self.identifiers,
+            key_path=self.folder.path / "records.key",  # one for all methods, whose images are compared
+        )
         changes_input = type(method).adapted_input is not AdaptationMethod.adapted_input
         evaluator = self.evaluator(
             inferer=AdaptiveInferer(method),
@@ -109,25 +136,24 @@ class Benchmark:
                 PictureWriter(
                     folder / "pictures",
                     adapted_input=method.adapted_input if changes_input else None,
-                    reference=self.output_dir / "reference" / "pictures",
+                    reference=self.folder.path / "reference" / "pictures",
+                    shown=keeps.shown,
                 ),
-                TestTimeAdaptationHandler(
-                    state_path=folder / "adaptation_state.pt",
-                    record_path=folder / "records.jsonl",
-                    resume=self.resume,
-                    reset_at_site=self.settings["reset_at_site"],
-                    snapshots=0,
-                ),
+                keeps,
             ],
+        )
+        # with the first image, as the handler replaces the records of an earlier run
+        evaluator.add_event_handler(
+            Events.ITERATION_STARTED(once=1), lambda: self._write_json(f"{name}/settings.json", wanted)
         )
         try:
             evaluator.run()
         except StreamFailedError as error:
             logger.warning("%s: %s", name, error)
 
-    def _check_settings(self, name: str, settings: dict[str, Any]) -> None:
-        """Refuse to mix runs with different settings, and save those of this run."""
-        path = self.output_dir / name / "settings.json"
+    def _check_settings(self, name: str, settings: dict[str, Any]) -> dict[str, Any]:
+        """Refuse to mix runs with different settings; return those of this run as they are saved."""
+        path = self.folder.file(f"{name}/settings.json")
         wanted = json.loads(json.dumps(settings))
         if self.resume and path.is_file():
             found = json.loads(path.read_text(encoding="utf-8"))
@@ -137,20 +163,19 @@ class Benchmark:
                     f"{path.parent} holds a run of {name} with other settings ({', '.join(differing)}): choose another "
                     "output_dir, or start again with resume=False"
                 )
-        _write_json(path, wanted)
+        return wanted
 
     def _write(self, settings: dict[str, Any], prompts: dict[str, Any], baseline: str | None) -> dict[str, Any]:
-        runs = {name: RecordFile(self.output_dir / name / "records.jsonl").read() for name in self.methods}
+        runs = {name: RecordFile(self.folder.path / name / "records.jsonl").read() for name in self.methods}
         figures = summarise(runs, baseline, self.settings["seed"])
         results = {"schema": SCHEMA, "version": SCHEMA_VERSION, "settings": settings, **figures}
         for name, method in results["methods"].items():
             method["prompts"] = prompts[name]
-        _write_json(self.output_dir / "results.json", results)
-        _write_json(self.output_dir / "timing.json", timing(runs))
-        write_images_csv(runs, self.output_dir / "images.csv")
+        self._write_json("results.json", results)
+        self._write_json("timing.json", timing(runs))
+        write_images_csv(runs, self.folder.file("images.csv"))
         return results
 
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as part:
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        with self.folder.writing(name) as part:
+            part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,6 @@ as for ``python -m monai.bundle run``.
 from __future__ import annotations
 
 import argparse
-import csv
 import glob
 import json
 import os
@@ -29,7 +28,8 @@ from mgipt_monai.bundle_runs import errors_last, read_settings, split_settings
 from mgipt_monai.data import find_stream
 from mgipt_monai.installed import find_config, installed, require
 from mgipt_monai.report.tables import TITLES
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.files import write_csv
+from mgipt_monai.utils.outputs import OutputFolder, check_apart
 
 __all__ = ["PROTOCOL", "protocol_rows", "run_protocol", "write_tables"]
 
@@ -73,8 +73,10 @@ def run_protocol(
         The table in Markdown.
 
     Raises:
+        FileExistsError: before anything is run, if files stand in ``output_dir`` that no run wrote.
         FileNotFoundError: before anything is run, with all missing sites, checkpoints and variants and how to get them.
-        ValueError: if two rows would have the same name, or a source has no stream.
+        ValueError: if two rows would have the same name, a source has no stream, or ``output_dir`` overlaps with
+            ``dataset_dir``.
     """
     bundle, output = Path(bundle_root), Path(output_dir)
     files = [*(str(bundle / "configs" / f"{name}.yaml") for name in CONFIGS), *map(str, overlays)]
@@ -85,7 +87,14 @@ def run_protocol(
     weights = {source: _checkpoint(checkpoints, source) for source in sources}
     rows = _variant_rows(variants, taken=config["methods"])
     _check(dataset_dir, sites, weights)
-    with atomic_path(output / PROTOCOL) as part:
+    if os.path.isdir(dataset_dir):
+        check_apart(output, [dataset_dir])
+    folder = OutputFolder(output)
+    folder.prepare()
+    folder.claim(PROTOCOL, "table.md", "table.csv")
+    for source in sources:
+        OutputFolder(folder.file(source)).claim("results.json")
+    with folder.writing(PROTOCOL) as part:
         part.write_text(json.dumps({"sources": sources, "published": config.get("published", {})}) + "\n")
     for source in sources:  # results of an earlier run may have other rows
         (output / source / "results.json").unlink(missing_ok=True)
@@ -177,9 +186,12 @@ def write_tables(folder: str | os.PathLike[str]) -> str:
         parts.append(markdown_table([{key: _formatted(value) for key, value in row.items()} for row in rows]))
     parts.append("\n".join(_counts(source, run) for source, run in runs.items()))
     text = "\n\n".join(parts) + "\n"
-    with atomic_path(folder / "table.md") as part:
-        part.write_text(text, encoding="utf-8")
-    _write_csv(folder / "table.csv", [{"metric": metric, **row} for metric, rows in tables.items() for row in rows])
+    output = OutputFolder(folder)
+    output.claim("table.md", "table.csv")
+    with output.writing("table.md") as part:
+        part.write_text(text, encoding="utf-8", errors="replace")
+    with output.writing("table.csv") as part:
+        write_csv(part, [{"metric": metric, **row} for metric, rows in tables.items() for row in rows])
     return text
 
 
@@ -258,14 +270,6 @@ def _counts(source: str, run: Mapping[str, Any] | None) -> str:
     failed = f", {stream['images'] - stream['measured']} of them failed with a method and excluded for all"
     images = f"- {source}: {stream['images']} images of {', '.join(stream['sites'])}"
     return images + (failed if stream["images"] != stream["measured"] else "")
-
-
-def _write_csv(path: Path, rows: list[Row]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import platform
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 
 from mgipt_monai.stream.summary import image_means, image_of, worst_tenth
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.files import write_csv
+from mgipt_monai.utils.outputs import output_file
 from mgipt_monai.utils.provenance import versions
 
 from .statistics import interval, per_case, shares, wilcoxon
@@ -114,7 +114,13 @@ def timing(runs: Mapping[str, Rows]) -> dict[str, Any]:
 
 
 def write_images_csv(runs: Mapping[str, Rows], path: str | os.PathLike[str]) -> None:
-    """Write a CSV table with one row per image and method: image, cost, and each metric per class and on average."""
+    """Write a CSV table with one row per image and method: image, cost, and each metric per class and on average.
+
+    A text that a spreadsheet program would take for a formula gets an apostrophe in front.
+
+    Raises:
+        FileExistsError: if a file stands there that no run wrote.
+    """
     rows: list[dict[str, Any]] = []
     for method, records in runs.items():
         for record in records:
@@ -124,11 +130,9 @@ def write_images_csv(runs: Mapping[str, Rows], path: str | os.PathLike[str]) -> 
                 row |= {f"{metric}_{name}": value for name, value in values.items()}
             row |= {f"{metric}_mean": mean for metric, mean in image_means(record).items()}
             rows.append(row)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    folder, name = output_file(path)
+    with folder.writing(name) as part:
+        write_csv(part, rows)
 
 
 def metric_info(metric: str) -> dict[str, Any]:

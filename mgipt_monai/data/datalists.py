@@ -16,7 +16,7 @@ from typing import Any
 
 from mgipt_monai.data.order import ORDERS, order_stream
 from mgipt_monai.data.streams import find_stream
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.outputs import output_file
 
 __all__ = ["write_datalist"]
 
@@ -33,6 +33,7 @@ def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike[str]
         key: key of the list in the file.
 
     Raises:
+        FileExistsError: if a file stands there that this function did not write.
         ValueError: if the name does not end in ``.json``, as the file would not be recognised as a datalist.
 
     Example:
@@ -49,7 +50,8 @@ def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike[str]
         {name: _portable(value, folder) if name in ("image", "label") else value for name, value in item.items()}
         for item in items
     ]
-    with atomic_path(path) as part:
+    target, name = output_file(path)
+    with target.writing(name) as part:
         part.write_text(json.dumps({key: written}, indent=2) + "\n", encoding="utf-8")
 
 

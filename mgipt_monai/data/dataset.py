@@ -1,19 +1,282 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A dataset that returns bad items as failures instead of ending the run."""
+"""The images of a stream, read: sizes checked before decoding, photographs as shown, failures as items."""
 
 from __future__ import annotations
 
+import gzip
+import logging
+import math
 import os
-from typing import Any
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, Any, cast
 
-from monai.data import Dataset
+import nibabel
+import numpy as np
+from monai.config import PathLike
+from monai.data import Dataset, PILReader
 from monai.utils import ensure_tuple
+from nibabel.spatialimages import HeaderDataError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
-from mgipt_monai.utils.naming import root_cause, with_file_name
+from mgipt_monai.utils.files import root_cause, with_file_name
+from mgipt_monai.utils.machine import machine_failure, out_of_memory
 
-__all__ = ["FAILURE", "PLACE", "StreamDataset"]
+__all__ = [
+    "FAILURE",
+    "FORMATS",
+    "MACHINE",
+    "MAX_VALUES",
+    "MEMORY",
+    "PLACE",
+    "PhotographReader",
+    "StreamDataset",
+    "check_declared_size",
+    "open_photograph",
+    "read_photograph",
+]
+
+logger = logging.getLogger(__name__)
+
+MAX_VALUES = 2**28
+"""Default limit: as many values as a volume of 512 x 512 x 1024, about 3 GB while it is read."""
+
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""Formats of photographs that are read; Pillow starts other programs for some of the rest."""
+
+BEST_COMPRESSION = 1100  # bytes that deflate can make of one, with some to spare
+LARGEST_EXTENSIONS = 2**24  # bytes before the data of a NIfTI file
+
+
+def check_declared_size(key: str, path: str | os.PathLike[str], max_values: int = MAX_VALUES) -> None:
+    """Raise ValueError if a file declares more values than a limit, or more than a file of its length can hold.
+
+    Only headers are read. A file that is no image by its content is refused, whatever its name: MONAI would try one
+    reader after the other, and some have run code that is in a file.
+
+    Args:
+        key: what the file is, for the message.
+        path: a photograph or a NIfTI file; the content counts, not the name.
+        max_values: limit on the number of pixels or voxels times channels.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "eye.png")
+        >>> Image.new("RGB", (40, 50)).save(path)
+        >>> check_declared_size("image", path)
+        >>> check_declared_size("image", path, max_values=5999)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: image file ... declares 50 x 40 x 3 = 6,000 values, more than max_values=5,999: raise max_values ...
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = open_photograph(path)
+    except UnidentifiedImageError:
+        _check_volume(f"{key} file {path}", path, max_values)
+        return
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{key} file {path} declares too many pixels to be read ({error})") from None
+    except Exception as error:  # Pillow raises many kinds for a damaged header
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        raise _no_image(f"{key} file {path}") from None
+    with picture:
+        _check_photograph(f"{key} file {path}", path, picture, max_values)
+
+
+def open_photograph(path: str | os.PathLike[str], **settings: Any) -> ImageFile:
+    """Open a photograph with Pillow, without its pixels, if it is of one of the formats that are read."""
+    Image.init()  # Pillow knows only a few formats before
+    return Image.open(path, **{"formats": [kind for kind in FORMATS if kind in Image.OPEN], **settings})
+
+
+def _check_photograph(what: str, path: str | os.PathLike[str], picture: ImageFile, max_values: int) -> None:
+    length = os.path.getsize(path)
+    width, height = picture.size
+    channels = len(picture.getbands())
+    _check_count(what, [height, width, *([channels] if channels > 1 else [])], max_values)
+    if picture.format == "PNG":
+        with open(path, "rb") as file:
+            header = file.read(26)
+        depth, samples = header[24], {2: 3, 4: 2, 6: 4}.get(header[25], 1)
+        _check_length(what, width * height * depth * samples // 8, length, BEST_COMPRESSION)
+    elif picture.tile and all(tile[0] == "raw" for tile in picture.tile):
+        bits = 1 if picture.mode == "1" else 4 if picture.mode == "P" else 8
+        _check_length(what, width * height * channels * bits // 8, length, 1)
+
+
+def _check_volume(what: str, path: str | os.PathLike[str], max_values: int) -> None:
+    length, packed = os.path.getsize(path), str(path).lower().endswith(".gz")
+    try:
+        with cast("IO[bytes]", gzip.open(path) if packed else open(path, "rb")) as file:
+            block = file.read(540)
+            if block[344:348] == b"n+1\0":
+                header, size = nibabel.Nifti1Header(block[:348], check=False), 348
+            elif block[4:8] == b"n+2\0" and len(block) == 540:
+                header, size = nibabel.Nifti2Header(block, check=False), 540
+            else:
+                raise _no_image(what)
+            offset, bits = float(header["vox_offset"]), int(header["bitpix"])
+            dimensions = [int(side) for side in header["dim"][1 : 1 + max(0, min(7, int(header["dim"][0])))]]
+            if not size <= offset <= LARGEST_EXTENSIONS or not offset.is_integer():
+                offset_fix = "its data begin at a place that cannot be: copy it again, or convert it anew"
+                raise ValueError(f"{what} declares that {offset_fix} ({offset:g})")
+            if not dimensions or min(dimensions) < 1 or bits < 1:
+                raise ValueError(f"{what} declares an image without voxels, {dimensions}: copy it again")
+            _check_count(what, dimensions, max_values)
+            whole = int(offset) + math.prod(dimensions) * bits // 8
+            _check_length(what, whole, length, BEST_COMPRESSION if packed else 1)
+            _check_extensions(what, file, size, int(offset), header.endianness)
+    except (OSError, EOFError, zlib.error, HeaderDataError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise _no_image(what) from None
+
+
+def _check_extensions(what: str, file: IO[bytes], size: int, offset: int, endianness: str) -> None:
+    """Check the lengths of what lies between header and data, as nibabel reads it all at once."""
+    file.seek(size)
+    flag, place = file.read(4), size + 4
+    while flag[:1] not in (b"", b"\0") and place + 16 <= offset:
+        file.seek(place)
+        length = int.from_bytes(file.read(4), "little" if endianness == "<" else "big", signed=True)
+        if not 16 <= length <= offset - place:
+            raise ValueError(
+                f"{what} has a header extension of {length:,} bytes in {offset - place:,}: convert it anew"
+            )
+        place += length
+
+
+def _no_image(what: str) -> ValueError:
+    return ValueError(f"{what} cannot be read as an image: copy it again, or convert it to PNG or NIfTI")
+
+
+def _check_count(what: str, shape: list[int], max_values: int) -> None:
+    count = math.prod(shape)
+    if count > max_values:
+        raise ValueError(
+            f"{what} declares {' x '.join(map(str, shape))} = {count:,} values, more than max_values={max_values:,}: "
+            "raise max_values if that is true, or make it smaller"
+        )
+
+
+def _check_length(what: str, declared: int, length: int, ratio: int) -> None:
+    if declared > ratio * length:
+        raise ValueError(
+            f"{what} declares {declared:,} bytes, which cannot be in its {length:,}: it is truncated or damaged, copy "
+            "it again or remove it"
+        )
+
+
+DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+"""Modes of one channel whose values may exceed 255."""
+
+DEPTHS = (8, 10, 12, 14, 16)
+LEAST_LEVELS = 64
+
+
+class PhotographReader(PILReader):
+    """MONAI's ``PILReader`` for photographs as a viewer shows them.
+
+    The EXIF orientation is applied, so that masks have the geometry of the picture as it is displayed. Grey images of
+    more than 8 bits keep their grey levels when they are converted: values are scaled to [0, 255] by the file's own
+    depth, in floating point. A PNG file has its depth in the chunk ``sBIT``. Otherwise it is the smallest of 8, 10, 12,
+    14 and 16 bits that holds the image's highest value, and a line in the log says so.
+
+    Args:
+        color_mode: ``RGB`` or ``L`` to convert to; None leaves the channels and values as they are.
+        reverse_indexing: whether to read columns first.
+        kwargs: as for ``PIL.Image.open``.
+
+    Raises:
+        ValueError: when reading, for a colour image of 16 bits per channel that Pillow would cut to fewer than 64
+            levels.
+    """
+
+    def __init__(self, color_mode: str | None = None, reverse_indexing: bool = True, **kwargs: Any) -> None:
+        super().__init__(reverse_indexing=reverse_indexing, **kwargs)
+        self.color_mode = color_mode
+
+    def read(self, data: Sequence[PathLike] | PathLike | np.ndarray, **kwargs: Any) -> Any:
+        """Read one file, or several as channels; return what :meth:`get_data` takes."""
+        settings = {**self.kwargs, **kwargs}
+        images = [_Photograph(name, self.color_mode, settings) for name in ensure_tuple(data)]
+        return images if len(images) > 1 else images[0]
+
+
+class _Photograph:
+    """The pixels of a photograph, rows first, with what ``PILReader`` makes metadata of."""
+
+    def __init__(self, path: PathLike, color_mode: str | None, settings: Mapping[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        with open_photograph(path, **settings) as picture:
+            self.format = picture.format
+            self.depth = _significant_bits(path) if picture.format == "PNG" else None
+            # of several channels with 16 bits, Pillow keeps the upper 8
+            cut = any(";16" in str(tile[3]) for tile in picture.tile) and picture.mode not in DEEP
+            upright = ImageOps.exif_transpose(picture)
+        self.mode, (self.width, self.height) = upright.mode, upright.size
+        pixels = np.asarray(upright)
+        if cut and int(pixels.max()) < LEAST_LEVELS:
+            raise ValueError(
+                f"{path} uses only {int(pixels.max()) + 1} of the 256 levels that can be read of its 16 bits per "
+                "channel: scale it to all 16 bits, or save it with 8"
+            )
+        if color_mode is not None:
+            deep = self.mode in (*DEEP, "F")
+            pixels = self._scaled(pixels, color_mode) if deep else np.asarray(upright.convert(color_mode))
+        self.pixels = pixels
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.pixels if dtype is None else self.pixels.astype(dtype)
+
+    def _scaled(self, pixels: np.ndarray, color_mode: str) -> np.ndarray:
+        values = pixels.astype(np.float32)
+        if self.mode != "F":  # floating-point numbers have no depth, and stay as they are
+            values *= 255 / (2 ** self._depth(float(values.max())) - 1)
+        channels = len(Image.new(color_mode, (1, 1)).getbands())
+        return values if channels == 1 else np.stack([values] * channels, axis=-1)
+
+    def _depth(self, highest: float) -> int:
+        """Return the bits that the values take."""
+        if self.depth is not None and highest < 2**self.depth:
+            return self.depth
+        depth = next((bits for bits in DEPTHS if highest < 2**bits), 32)
+        logger.info("%s does not say how many bits it uses: %d, by its highest value %g", self.path, depth, highest)
+        return depth
+
+
+def read_photograph(path: PathLike, color_mode: str | None = None) -> np.ndarray:
+    """Return the pixels of a photograph, rows first, as :class:`PhotographReader` reads them.
+
+    Example:
+        >>> import os, tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "grey.png")
+        >>> Image.fromarray(np.array([[0, 4095]], dtype=np.uint16)).save(path)
+        >>> read_photograph(path, "RGB").tolist()
+        [[[0.0, 0.0, 0.0], [255.0, 255.0, 255.0]]]
+    """
+    return _Photograph(path, color_mode, {}).pixels
+
+
+def _significant_bits(path: PathLike) -> int | None:
+    """Return the bits per sample that a PNG file says are used; None if it does not."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+            if head[4:] == b"sBIT":
+                bits = file.read(1)
+                return bits[0] if bits and 1 <= bits[0] <= 16 else None
+            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
+    return None
+
 
 FAILURE = "failure"
+MACHINE, MEMORY = "machine", "memory"
+"""Keys of a failure of the machine: what failed, and whether memory ran out."""
 PLACE = ("name", "site", "round")
 """The keys of an item that identify the image in the stream."""
 
@@ -22,8 +285,15 @@ class StreamDataset(Dataset):
     """A MONAI ``Dataset`` for streams that returns an item that cannot be read as a failure.
 
     A failure has the item's ``name``, ``site`` and ``round`` (those it has) and ``failure``, which names the file and
-    the fix. :class:`mgipt_monai.StreamingAdaptationEvaluator` records it and continues. Constructed like
+    the fix. :class:`mgipt_monai.StreamingAdaptationEvaluator` records it and continues, or stops if the machine failed
+    (no memory, no space), which ``machine`` then says. Constructed like
     ``monai.data.Dataset``, from the items of :func:`mgipt_monai.find_stream`.
+
+    Args:
+        data: the items.
+        transform: as for ``monai.data.Dataset``.
+        max_values: limit on the pixels or voxels times channels that a file may declare, checked before it is read (see
+            :func:`mgipt_monai.data.check_declared_size`). None allows any file, for transforms with other readers.
 
     Example:
         >>> dataset = StreamDataset([{"image": "absent.png", "site": "A", "name": "A/absent"}])
@@ -31,24 +301,40 @@ class StreamDataset(Dataset):
         'image file absent.png does not exist'
     """
 
+    def __init__(
+        self,
+        data: Sequence[Any],
+        transform: Sequence[Callable] | Callable | None = None,
+        max_values: int | None = MAX_VALUES,
+    ) -> None:
+        super().__init__(data, transform)
+        self.max_values = max_values
+
     def _transform(self, index: int) -> Any:
         item = self.data[index]
         try:
-            for key in ("image", "label"):
-                for path in ensure_tuple(item.get(key, ())):
-                    check_file(key, path)
+            files = [(key, path) for key in ("image", "label") for path in ensure_tuple(item.get(key, ()))]
+            for limit in (None, self.max_values):  # a missing mask before anything is looked into
+                for key, path in files:
+                    check_file(key, path, limit)
             return super()._transform(index)
         except Exception as error:
             place = {key: item[key] for key in PLACE if key in item}
-            return {"name": next(iter(files_of(item)), ""), **place, FAILURE: explain(error, item)}
+            failure = {"name": next(iter(files_of(item)), ""), **place, FAILURE: explain(error, item)}
+            if (what := machine_failure(error, writing=False)) is not None:
+                # as text: an exception of a worker process would arrive with that process's traceback as its message
+                failure |= {MACHINE: what, MEMORY: out_of_memory(error)}
+            return failure
 
 
-def check_file(key: str, path: str | os.PathLike[str]) -> None:
-    """Raise an error that names the file if it does not exist or is empty."""
+def check_file(key: str, path: str | os.PathLike[str], max_values: int | None = MAX_VALUES) -> None:
+    """Raise an error that names the file if it does not exist, is empty, or cannot be read within the limit."""
     if not os.path.exists(path):
         raise FileNotFoundError(f"{key} file {path} does not exist")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{key} file {path} is empty: copy it again or remove it")
+    if max_values is not None:
+        check_declared_size(key, path, max_values)
 
 
 def explain(error: BaseException, item: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -15,9 +14,10 @@ from monai.data import MetaTensor, NibabelWriter, PILWriter
 from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
-from mgipt_monai.data.streams import stem
+from mgipt_monai.data.outputs import MASK_ENDINGS, UNCERTAINTY
 from mgipt_monai.inferers import AdaptiveInferer
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.files import stem
+from mgipt_monai.utils.outputs import OutputFolder, check_output_name
 
 __all__ = [
     "AddUncertaintyd",
@@ -26,7 +26,7 @@ __all__ = [
     "SaveUncertaintyd",
     "draw_label_map",
     "is_nifti",
-    "output_path",
+    "output_name",
     "write_image",
 ]
 
@@ -39,16 +39,17 @@ def is_nifti(image: MetaTensor) -> bool:
     return str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
 
 
-def output_path(folder: Path, data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "") -> Path:
-    """Return ``<folder>/<name><ending>`` plus the extension; the name is the item's, or else the input file's."""
+def output_name(data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "") -> str:
+    """Return ``<name><ending>`` plus the extension; the name is the item's, or else the input file's."""
     name = data.get("name", stem(str(image.meta["filename_or_obj"])))
-    return folder / f"{name}{ending}{'.nii.gz' if is_nifti(image) else '.png'}"
+    check_output_name(name)
+    return f"{name}{ending}{MASK_ENDINGS[is_nifti(image)]}"
 
 
 def write_image(
     image: MetaTensor, path: str | os.PathLike[str], dtype: type = np.uint8, columns_first: bool = False
 ) -> None:
-    """Write an image atomically: NIfTI (same affine) if its file was NIfTI, otherwise PNG.
+    """Write an image: NIfTI (same affine) if its file was NIfTI, otherwise PNG.
 
     Args:
         image: (1, \\*spatial), in the input's geometry; the last axis of a NIfTI file with one slice may be missing.
@@ -56,20 +57,19 @@ def write_image(
         dtype: data type of a NIfTI file; PNG is 8-bit.
         columns_first: whether photographs were read columns first.
     """
-    with atomic_path(path) as part:
-        if is_nifti(image):
-            # a file with one slice (H, W, 1) was flattened for a 2D network; its last axis is restored
-            missing = len(image.meta.get("spatial_shape", ())) - (image.ndim - 1)
-            nifti = NibabelWriter(output_dtype=dtype)
-            values = image[0].reshape(*image.shape[1:], *[1] * missing)
-            nifti.set_data_array(values, channel_dim=-1, squeeze_end_dims=False, spatial_ndim=None)
-            nifti.set_metadata(image.meta, resample=False)
-            nifti.write(part)
-        else:
-            png = PILWriter(output_dtype=np.uint8, scale=None)
-            png.set_data_array(image)
-            png.set_metadata(image.meta, resample=False)
-            png.write(part, reverse_indexing=columns_first)
+    if is_nifti(image):
+        # a file with one slice (H, W, 1) was flattened for a 2D network; its last axis is restored
+        missing = len(image.meta.get("spatial_shape", ())) - (image.ndim - 1)
+        nifti = NibabelWriter(output_dtype=dtype)
+        values = image[0].reshape(*image.shape[1:], *[1] * missing)
+        nifti.set_data_array(values, channel_dim=-1, squeeze_end_dims=False, spatial_ndim=None)
+        nifti.set_metadata(image.meta, resample=False)
+        nifti.write(path)
+    else:
+        png = PILWriter(output_dtype=np.uint8, scale=None)
+        png.set_data_array(image)
+        png.set_metadata(image.meta, resample=False)
+        png.write(path, reverse_indexing=columns_first)
 
 
 def draw_label_map(masks: AnyTensor, values: Sequence[int]) -> AnyTensor:
@@ -135,9 +135,9 @@ class SaveMaskd(MapTransform):
     """Save each mask as one image: PNG for photographs, NIfTI (same affine) for NIfTI.
 
     The file is ``<output_dir>/<name>`` plus the extension, with the item's ``name`` (see
-    :func:`mgipt_monai.find_stream`), or else the name of the input file. It is written atomically. The mask must
-    already be in the input's geometry (``Invertd``); only the last axis of a NIfTI file with one slice may be missing,
-    and is restored.
+    :func:`mgipt_monai.find_stream`), or else the name of the input file. It is written atomically, and no file is
+    overwritten that no run wrote (see :class:`mgipt_monai.utils.outputs.OutputFolder`). The mask must already be in the
+    input's geometry (``Invertd``); only the last axis of a NIfTI file with one slice may be missing, and is restored.
 
     Args:
         keys: masks of 0 and 1, one channel per structure (C, \\*spatial).
@@ -146,8 +146,9 @@ class SaveMaskd(MapTransform):
         reverse_indexing: whether photographs were read columns first, as MONAI's ``PILReader`` does by default.
 
     Raises:
+        FileExistsError: when called, if a file stands there that no run wrote.
         OSError: at construction, if the folder cannot be created or written to.
-        ValueError: when called, if the number of channels differs from that of values.
+        ValueError: when called, if the name leaves the folder, or the number of channels differs from that of values.
     """
 
     def __init__(
@@ -159,23 +160,16 @@ class SaveMaskd(MapTransform):
     ) -> None:
         super().__init__(keys)
         self.reverse_indexing = reverse_indexing
-        self.output_dir = Path(output_dir)
+        self.folder = OutputFolder(output_dir)
         self.values = values
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            with atomic_path(self.output_dir / "write_test") as part:
-                part.touch()
-        except OSError as error:
-            raise OSError(
-                f"cannot write to the output folder {self.output_dir} ({error.strerror}): choose another output_dir"
-            ) from error
-        (self.output_dir / "write_test").unlink(missing_ok=True)
+        self.folder.prepare()
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save the mask of each key; the data are returned unchanged."""
         for key in self.keys:
-            path = output_path(self.output_dir, data, data[key])
-            write_image(draw_label_map(data[key], self.values), path, columns_first=self.reverse_indexing)
+            drawn = draw_label_map(data[key], self.values)
+            with self.folder.writing(output_name(data, data[key])) as part:
+                write_image(drawn, part, columns_first=self.reverse_indexing)
         return dict(data)
 
 
@@ -224,7 +218,7 @@ class SaveUncertaintyd(MapTransform):
         self, keys: KeysCollection, output_dir: str | os.PathLike[str], reverse_indexing: bool = False
     ) -> None:
         super().__init__(keys)
-        self.output_dir, self.reverse_indexing = Path(output_dir), reverse_indexing
+        self.folder, self.reverse_indexing = OutputFolder(output_dir), reverse_indexing
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Save the map of each key; the data are returned unchanged."""
@@ -232,6 +226,6 @@ class SaveUncertaintyd(MapTransform):
             values = data[key].clamp(0, 1)
             if not is_nifti(values):
                 values = (255 * values).round()
-            path = output_path(self.output_dir, data, values, "_uncertainty")
-            write_image(values, path, np.float32, self.reverse_indexing)
+            with self.folder.writing(output_name(data, values, UNCERTAINTY)) as part:
+                write_image(values, part, np.float32, self.reverse_indexing)
         return dict(data)

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from mgipt_monai.data.outputs import check_names
+
 __all__ = ["ORDERS", "order_stream", "share_stream"]
 
 ORDERS = ("sites", "shuffled", "gradual")
@@ -39,8 +41,9 @@ def order_stream(
         no output overwrites another.
 
     Raises:
-        ValueError: if the order is unknown, ``rounds``, ``seed`` or ``blend`` is out of range, or items that already
-            have several rounds (the datalist of an ordered stream) would be ordered or repeated again.
+        ValueError: if the order is unknown, ``rounds``, ``seed`` or ``blend`` is out of range, items that already have
+            several rounds (the datalist of an ordered stream) would be ordered or repeated again, or two outputs would
+            have the same name, such as ``eye`` in round 2 and ``round_2/eye``.
 
     Example:
         >>> items = [{"site": site, "name": f"{site}/{i}"} for site in "AB" for i in range(3)]
@@ -64,6 +67,7 @@ def order_stream(
     for number in range(1, rounds + 1):
         positions = _positions(sites, order, blend, np.random.default_rng([seed, number]))
         stream += [_in_round(items[i], number) for i in np.argsort(positions, kind="stable")]
+    check_names(stream)
     return stream
 
 

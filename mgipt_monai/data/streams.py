@@ -14,9 +14,11 @@ from typing import Any
 from monai.data import load_decathlon_datalist
 from monai.utils import ensure_tuple
 
-__all__ = ["IMAGE_ENDINGS", "find_stream", "read_csv", "read_json"]
+from mgipt_monai.data.outputs import check_names
+from mgipt_monai.utils.files import IMAGE_ENDINGS, stem
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz")
+__all__ = ["find_stream", "read_csv", "read_json"]
+
 IMAGES, MASKS = "images", "masks"
 
 
@@ -47,7 +49,8 @@ def find_stream(
 
     Raises:
         FileNotFoundError: if the source does not exist, has no image, or lacks one of the sites.
-        ValueError: if two images have the same output name, or a datalist is invalid or lacks a mask.
+        ValueError: if two images have the same output name on some system, a name leaves the output folder, or a
+            datalist is invalid or lacks a mask.
 
     Example:
         >>> import tempfile
@@ -77,7 +80,7 @@ def find_stream(
             known = ", ".join(dict.fromkeys(item["site"] for item in items))
             raise FileNotFoundError(f"no image of site {', '.join(absent)} at {source!r}: the sites there are {known}")
         items = [item for site in sites for item in items if item["site"] == site]
-    _check_names(items)
+    check_names(items)
     if limit is not None:
         by_site: dict[str, list[dict[str, Any]]] = {}
         for item in items:
@@ -124,23 +127,6 @@ def _item(image: Path, labelled: bool, site_folder: str = "") -> dict[str, Any]:
     return item
 
 
-def stem(path: str | os.PathLike[str]) -> str:
-    """Return a file name without its extension (``.nii.gz`` is one extension)."""
-    name = os.path.basename(path)
-    return next((name[: -len(ending)] for ending in (".nii.gz", *IMAGE_ENDINGS) if name.lower().endswith(ending)), name)
-
-
-def _check_names(items: list[dict[str, Any]]) -> None:
-    first: dict[str, str] = {}
-    for item in items:
-        other = first.setdefault(item["name"], item["image"])
-        if other != item["image"]:
-            raise ValueError(
-                f"{other} and {item['image']} would both be written as {item['name']}: rename one, or put them in "
-                "two site folders"
-            )
-
-
 def read_json(path: str, key: str) -> list[dict[str, Any]]:
     """Read one list of a MONAI datalist, ``{key: [{"image": ..., "label": ...}, ...]}``.
 
@@ -153,17 +139,44 @@ def read_json(path: str, key: str) -> list[dict[str, Any]]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
+        for number, entry in enumerate(content[key], start=1):
+            _check_entry(number, entry)
         items = load_decathlon_datalist(path, is_segmentation=True, data_list_key=key)
-        if not all("image" in item for item in items):
-            raise ValueError("an entry has no image")
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f'{path} is not a datalist {{"{key}": [{{"image": ...}}, ...]}}: {error}') from error
+        text = f"it has no key {key}" if isinstance(error, KeyError) else error
+        raise ValueError(f'{path} is not a datalist {{"{key}": [{{"image": ...}}, ...]}}: {text}') from error
     for item, entry in zip(items, content[key], strict=True):
         # MONAI turns any value that exists as a path in the folder of the list into a path, such as the name of a site
         item |= {key: entry[key] for key in ("site", "name") if isinstance(entry, dict) and key in entry}
     return items
+
+
+def _check_entry(number: int, entry: Any) -> None:
+    """Raise ValueError for an entry of a JSON datalist whose values have other types than an item's."""
+    if isinstance(entry, str):  # as MONAI reads the list "test"
+        entry = {"image": entry}
+    if not isinstance(entry, dict):
+        raise ValueError(f'entry {number} is {_shown(entry)}: write {{"image": "FILE"}}')
+    if "image" not in entry:
+        raise ValueError(f"entry {number} has no image: {_shown(entry)}")
+    for key in ("image", "label"):
+        paths = ensure_tuple(entry[key]) if key in entry else ("",)
+        if not paths or not all(isinstance(path, str) and "\0" not in path for path in paths):
+            raise ValueError(f"entry {number} has {key} {_shown(entry[key])}: write the path of a file as a text")
+    for key in ("site", "name"):
+        if key in entry and not isinstance(entry[key], str):
+            raise ValueError(f"entry {number} has {key} {_shown(entry[key])}: write it as a text, or leave it out")
+    rounds = entry.get("round", 1)
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"entry {number} has round {_shown(rounds)}: write a whole number from 1, or leave it out")
+    if empty := [key for key, value in entry.items() if value is None]:
+        raise ValueError(f"entry {number} has no value for {', '.join(empty)}: leave out what is null")
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value)[:60]
 
 
 def read_csv(path: str) -> list[dict[str, str]]:
@@ -174,8 +187,15 @@ def read_csv(path: str) -> list[dict[str, str]]:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        ValueError: if it is empty, or has no column ``image`` or a line without an image.
+        ValueError: if it is no table, is empty, or has no column ``image`` or a line without an image.
     """
+    try:
+        return _read_csv(path)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a CSV table in UTF-8 ({error}): save it as one") from error
+
+
+def _read_csv(path: str) -> list[dict[str, str]]:
     # utf-8-sig skips the byte order mark that spreadsheet programs write
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = csv.DictReader(file, skipinitialspace=True)

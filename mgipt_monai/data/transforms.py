@@ -9,11 +9,37 @@ from typing import Any
 import torch
 from monai.config import KeysCollection
 from monai.transforms import MapTransform
+from monai.utils import ensure_tuple
 from torch import Tensor
 
+from mgipt_monai.data.dataset import MAX_VALUES, check_file
 from mgipt_monai.methods.base import check_image
 
-__all__ = ["AdaptationResultd", "CheckImaged", "LabelToChannelsd"]
+__all__ = ["AdaptationResultd", "CheckFiled", "CheckImaged", "LabelToChannelsd"]
+
+
+class CheckFiled(MapTransform):
+    """Check files before they are loaded, as :class:`mgipt_monai.data.StreamDataset` does. Nothing is changed.
+
+    Args:
+        keys: paths of images or labels, or lists of paths.
+        max_values: see :func:`mgipt_monai.data.check_declared_size`.
+
+    Raises:
+        FileNotFoundError: when called, if a file does not exist.
+        ValueError: when called, if a file is empty, is no image, or declares more values than the limit.
+    """
+
+    def __init__(self, keys: KeysCollection, max_values: int = MAX_VALUES) -> None:
+        super().__init__(keys)
+        self.max_values = max_values
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the files of each key."""
+        for key in self.keys:
+            for path in ensure_tuple(data[key]):
+                check_file(str(key), path, self.max_values)
+        return dict(data)
 
 
 class CheckImaged(MapTransform):
@@ -25,8 +51,8 @@ class CheckImaged(MapTransform):
         spatial_dims: number of spatial dimensions that the network expects.
 
     Raises:
-        ValueError: when called, if the image is constant, has NaN or infinite values, or another number of channels or
-            dimensions.
+        ValueError: when called, if the image is constant, has NaN or infinite values, another number of channels or
+            dimensions, or a singular affine.
 
     Example:
         >>> CheckImaged("image", channels=3)({"image": torch.rand(3, 8, 8)})["image"].shape
@@ -43,6 +69,7 @@ class CheckImaged(MapTransform):
         for key in self.keys:
             image = data[key]
             check_image(torch.as_tensor(image)[None])
+            _check_affine(getattr(image, "affine", None))
             if image.ndim - 1 != self.spatial_dims:
                 raise ValueError(
                     f"{image.ndim - 1} spatial dimensions where the network expects {self.spatial_dims}: "
@@ -58,6 +85,15 @@ class CheckImaged(MapTransform):
                     f"{image.shape[0]} channels where the network expects {self.channels}: convert the file, or {fix}"
                 )
         return dict(data)
+
+
+def _check_affine(affine: Tensor | None) -> None:
+    """Raise ValueError if voxels have no place in space, so that no mask could be written for them."""
+    if affine is not None and not (torch.isfinite(affine).all() and torch.linalg.det(affine.double()) != 0):
+        raise ValueError(
+            "the header has no valid affine (a side of its voxels is zero or no number): repair sform, qform and "
+            "pixdim, or convert the file anew"
+        )
 
 
 class LabelToChannelsd(MapTransform):

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the handlers need from their evaluator: its method, run, images and position in the stream."""
+"""What the handlers need of their evaluator: its method, its run, its images, and where a resumed stream continues."""
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from ignite.engine import Engine
@@ -19,14 +22,17 @@ from torch.utils.data import SequentialSampler, Subset
 
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.stream.records import AuditTrail
+from mgipt_monai.stream.safeguards import describe, file_text
 
 __all__ = [
+    "StreamImages",
     "agree_on_method",
     "check_evaluator",
-    "names_of_item",
+    "only_run_of",
+    "pipeline_of",
     "records_of",
     "site_of",
-    "skip_done",
     "wrap_run",
 ]
 
@@ -68,6 +74,41 @@ def agree_on_method(engine: SupervisedEvaluator, method: AdaptationMethod | None
     if not isinstance(engine.inferer, AdaptiveInferer):
         method.predict_through(engine.inferer, windows)
     return method
+
+
+_adapting: WeakSet[AdaptationMethod] = WeakSet()
+_claiming = threading.Lock()
+
+
+@contextmanager
+def only_run_of(method: AdaptationMethod) -> Iterator[None]:
+    """Hold a method for one run.
+
+    Raises:
+        RuntimeError: if another run holds it.
+    """
+    with _claiming:
+        if method in _adapting:
+            raise RuntimeError(
+                f"this {method.name} adapts in another run at the same time, which would mix two streams: give each "
+                "run a method of its own; they may share the network"
+            )
+        _adapting.add(method)
+    try:
+        yield
+    finally:
+        _adapting.discard(method)
+
+
+def pipeline_of(engine: SupervisedEvaluator, **settings: Any) -> dict[str, Any]:
+    """Return, as plain values, what an evaluator's transforms, readers and inferer are, and further settings."""
+    dataset = getattr(engine.data_loader, "dataset", None)
+    return describe(
+        **settings,
+        preprocessing=getattr(dataset, "transform", None),
+        postprocessing=getattr(engine, "postprocessing", None),
+        inferer=engine.inferer,
+    )
 
 
 def wrap_run(engine: Engine, around: Callable[[], AbstractContextManager[None]]) -> None:
@@ -121,56 +162,167 @@ def site_of(batch: Any, needed: bool) -> Any:
     return site
 
 
-def names_of_item(engine: SupervisedEvaluator, position: int) -> list[str]:
-    """Return the strings in the dataset's item at ``position`` that identify an image: its name and file paths.
-
-    An item that is not a dict, or a dataset without a list of items, has none.
-    """
-    data = getattr(getattr(engine.data_loader, "dataset", None), "data", None)
-    item = data[position] if isinstance(data, Sequence) and position < len(data) else None
-    values = [value for key, value in item.items() if key != "site"] if isinstance(item, Mapping) else []
-    flat = [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
-    return [str(part) for part in flat if isinstance(part, (str, os.PathLike))]
+DIED = (
+    "the process ended {} times at this image, so it is passed over: was it out of memory, or is the file broken? Look "
+    "at its size; resume with retry_failed to take it once more"
+)
 
 
-def skip_done(
-    engine: SupervisedEvaluator, position: int, rows: list[dict[str, Any]], shown: Callable[[str], str] = str
-) -> None:
-    """Make an evaluator that is about to start continue after the first ``position`` images of its loader.
+class StreamImages:
+    """The images of an evaluator's loader, those that are postponed at the end.
 
     Args:
-        engine: the evaluator, at its ``STARTED`` event.
-        position: number of images done.
-        rows: their records, to check that the stream is the same; may be empty.
-        shown: maps a name to its form in the records.
-
-    Raises:
-        ValueError: if the loader does not keep the order, or its images have changed.
+        engine: the evaluator.
+        records: the stream's records, which may hide names; None writes none.
     """
-    loader = engine.data_loader
-    if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
-        raise ValueError("resume needs a monai DataLoader that keeps the order of its dataset")
-    for row, item in zip(rows, getattr(loader.dataset, "data", []), strict=False):
-        if isinstance(item, dict) and "name" in item and shown(item["name"]) != row["name"]:
-            raise ValueError(
-                f"the stream has changed since it was interrupted ({row['name']}): start again without resume"
-            )
-    data, size = loader.dataset, loader.batch_size or 1
-    count = len(data)  # type: ignore[arg-type] # a SequentialSampler has taken its length
-    if position > count:
-        raise ValueError(
-            f"the stream has changed since it was interrupted ({position} done of {count}): start again without resume"
+
+    def __init__(self, engine: SupervisedEvaluator, records: AuditTrail | None = None) -> None:
+        self._engine, self._records = engine, records
+        self._data = getattr(getattr(engine.data_loader, "dataset", None), "data", None)
+        self._order: Sequence[int] | None = None  # None: as in the list
+        self.postponed: list[int] = []
+        self.base = 0
+
+    def item(self, position: int) -> Any:
+        """Return the dataset's item of the image at ``position`` of the stream; None if there is no list of them."""
+        index = position if self._order is None else self._order[position] if position < len(self._order) else -1
+        return self._data[index] if isinstance(self._data, Sequence) and 0 <= index < len(self._data) else None
+
+    def names(self, position: int) -> list[str]:
+        """Return the strings in an item that identify an image: its name and file paths."""
+        item = self.item(position)
+        values = [value for key, value in item.items() if key != "site"] if isinstance(item, Mapping) else []
+        flat = [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
+        return [os.fspath(part) for part in flat if isinstance(part, (str, os.PathLike))]
+
+    def source(self, position: int) -> dict[str, str]:
+        """Return the fingerprint of an item's files, as it stands in the records."""
+        text = file_text(self.item(position))
+        return {} if text is None or self._records is None else {"source": self._records.sealed(text)}
+
+    def loader(self) -> DataLoader:
+        """Return the evaluator's loader, which must keep the order of its dataset.
+
+        Raises:
+            ValueError: if it does not.
+        """
+        loader = self._engine.data_loader
+        if not isinstance(loader, DataLoader) or not isinstance(loader.sampler, SequentialSampler):
+            raise ValueError("resume needs a monai DataLoader that keeps the order of its dataset")
+        return loader
+
+    def count(self) -> int:
+        """Return the number of images."""
+        return len(self.loader().dataset)  # type: ignore[arg-type] # a SequentialSampler has taken its length
+
+    def postpone(self, images: Iterable[int], base: int) -> None:
+        """Take these images of the list at the end, in this order; ``base`` is the number of images done before.
+
+        Raises:
+            ValueError: if there are fewer images.
+        """
+        self.postponed, self.base = list(images), base
+        count, later = self.count(), set(self.postponed)
+        if max(later, default=-1) >= count:
+            raise ValueError(_changed(f"image {max(later) + 1} was taken of {count}"))
+        self._order = [index for index in range(count) if index not in later] + self.postponed
+
+    def postpone_failed(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Postpone the images done so far that failed; return their positions before that."""
+        failed = [position for position, row in enumerate(rows) if row["status"] != "ok"]
+        if failed:
+            order = range(self.count()) if self._order is None else self._order
+            again = [order[position] for position in failed]
+            kept = [index for index in self.postponed if index not in again]
+            self.postpone([*kept, *again], len(rows) - len(failed))
+        return failed
+
+    def check(self, rows: Sequence[Mapping[str, Any]], position: int) -> None:
+        """Check that the images done are those of the records.
+
+        Raises:
+            ValueError: if the list has changed; the message names the first image that differs.
+        """
+        if position > self.count():
+            raise ValueError(_changed(f"{position} done of {self.count()}"))
+        for done, row in enumerate(rows):
+            item = self.item(done)
+            if not isinstance(item, Mapping):
+                continue
+            if "name" in item and self._shown(item["name"]) != row["name"]:
+                raise ValueError(_changed(f"image {done + 1} was {row['name']}, is {self._shown(item['name'])}"))
+            if row.get("site") and "site" in item and item["site"] != row["site"]:
+                raise ValueError(_changed(f"the site of {row['name']} was {row['site']}, is {item['site']}"))
+            source = self.source(done).get("source")
+            # a failed image may have been repaired, and one that is done may have been put away
+            if row["status"] == "ok" and source is not None and row.get("source", source) != source:
+                raise ValueError(_changed(f"the file of {row['name']} has another name or size"))
+
+    def _shown(self, name: str) -> str:
+        return name if self._records is None else self._records.shown(name)
+
+    def failures(self, position: int, deaths: int) -> list[dict[str, Any]]:
+        """Return the records of the batch at ``position``, at which the process died."""
+        size = self.loader().batch_size or 1
+        rows = []
+        for one in range(position, min(position + size, self.count())):
+            item = self.item(one)
+            place = {key: item[key] for key in ("name", "site", "round") if isinstance(item, Mapping) and key in item}
+            named = {"name": next(iter(self.names(one)), f"{one}"), "site": "", **place}
+            rows.append({**named, "status": "failed", "reason": DIED.format(deaths), "seconds": 0.0})
+        return rows
+
+    def ahead(self) -> int:
+        """Return how many images may be loaded or begun before the one that is processed is done."""
+        loader = self.loader()
+        return (1 + loader.num_workers * (loader.prefetch_factor or 0)) * (loader.batch_size or 1)
+
+    def skip(self, position: int, alone_until: int) -> None:
+        """Make the evaluator, which is about to start, go on at ``position``.
+
+        Args:
+            position: number of images done.
+            alone_until: the images before this position are loaded one by one, in this process.
+        """
+        engine, loader, count = self._engine, self.loader(), self.count()
+        size = loader.batch_size or 1
+        if position == count:
+            logger.info("all %d images of the stream are done", position)
+            engine.terminate()
+            return
+        left = range(position, count) if self._order is None else self._order[position:]
+        alone = min(len(left), size * math.ceil(max(0, alone_until - position) / size))
+        parts = [(left[:alone], 0), (left[alone:], loader.num_workers)]
+        engine.state.dataloader = _InTurn(
+            [
+                DataLoader(
+                    Subset(loader.dataset, part), batch_size=size, num_workers=workers, collate_fn=loader.collate_fn
+                )
+                for part, workers in parts
+                if part
+            ]
         )
-    if position == count:
-        logger.info("all %d images of the stream are done", position)
-        engine.terminate()
-        return
-    engine.state.dataloader = DataLoader(
-        Subset(data, range(position, count)),
-        batch_size=size,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
+        # ignite counts from here, so the run ends at the right image and the progress bar is correct
+        engine.state.iteration = position // size
+        logger.info("resuming the stream at image %d of %d", position + 1, count)
+
+
+class _InTurn:
+    """Several loaders, one after the other."""
+
+    def __init__(self, loaders: Sequence[DataLoader]) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            yield from loader
+
+    def __len__(self) -> int:
+        return sum(map(len, self.loaders))
+
+
+def _changed(how: str) -> str:
+    return (
+        f"the stream has changed since it was interrupted ({how}): give the same images in the same order, or start "
+        "again without resume"
     )
-    # ignite counts from here, so the run ends at the right image and the progress bar is correct
-    engine.state.iteration = position // size
-    logger.info("resuming the stream at image %d of %d", position + 1, count)

@@ -16,6 +16,8 @@ from ignite.handlers import Checkpoint
 from monai.data.utils import set_rnd
 from monai.engines import Trainer
 
+from mgipt_monai.handlers.evaluators import wrap_run
+from mgipt_monai.stream.signals import stopping_cleanly
 from mgipt_monai.utils.files import load_state, save_state
 
 __all__ = ["ResumableTrainingHandler"]
@@ -30,7 +32,7 @@ class ResumableTrainingHandler:
     On a CPU, a resumed training therefore gives bit-identical weights to an uninterrupted one.
 
     Attach it last, so that it saves the results of the epoch's other handlers (learning rate, validation). The file is
-    replaced atomically, so a killed training leaves a readable file.
+    replaced atomically, so a killed training leaves a readable file. SIGTERM and SIGHUP end it as Ctrl-C does.
 
     Args:
         path: the state file; it has the size of the network and the optimiser's state.
@@ -53,6 +55,7 @@ class ResumableTrainingHandler:
         engine.add_event_handler(Events.STARTED, self._start)
         engine.add_event_handler(Events.EPOCH_STARTED, self._seed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self._save)
+        wrap_run(engine, stopping_cleanly)
 
     def _start(self, engine: Trainer) -> None:
         if not self.resume or not self.path.is_file():

@@ -36,7 +36,8 @@ class WorkAheadHandler:
     longer than adapting. Other handlers must not run the network. A twin is small for methods that keep the
     network frozen; for others it has the size of the network.
 
-    Attach it after :class:`TestTimeAdaptationHandler`.
+    Attach it after :class:`TestTimeAdaptationHandler`. Near an image at which the process has died it does not work
+    ahead, so that the handler knows the right one if that happens again.
 
     Example:
         >>> from mgipt_monai import MGIPT, TestTimeAdaptationHandler
@@ -122,8 +123,9 @@ class _AheadInferer(Inferer):
             logits = done.logits
         else:
             logits = self.inferer(inputs, network, *args, **kwargs)
-        self._batch = self._thread.submit(next, self._source, END)
-        self._prediction = self._thread.submit(self._predict, self._batch, self.method.twin())
+        if getattr(getattr(self.engine, "adaptation_handler", None), "may_work_ahead", True):
+            self._batch = self._thread.submit(next, self._source, END)
+            self._prediction = self._thread.submit(self._predict, self._batch, self.method.twin())
         return logits
 
     def close(self) -> None:

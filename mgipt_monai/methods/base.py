@@ -16,6 +16,7 @@ from monai.transforms import Randomizable
 from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
+from mgipt_monai.networks.alignment.norms import method_turn, network_turn
 from mgipt_monai.networks.alignment.windows import ForwardRoute
 from mgipt_monai.utils.state_checks import check_keys, check_number
 
@@ -51,7 +52,8 @@ class AdaptationMethod(nn.Module, ABC):
 
     A call adapts to each image of the batch in turn and returns its logits. It works inside ``torch.no_grad()``,
     ``torch.inference_mode()`` and autocast (it computes in float32), keeps the metadata of a ``MetaTensor``, and
-    restores the adaptation state if anything fails.
+    restores the adaptation state if anything fails. Calls from several threads run one after another, also those of
+    different methods on the same network.
 
     A subclass implements :meth:`_adapt_and_predict` and, if it keeps something between images, ``_bound``, ``_reset``,
     ``_state`` and ``_load_state``.
@@ -114,8 +116,9 @@ class AdaptationMethod(nn.Module, ABC):
             )
         if isinstance(network, AdaptationMethod):
             raise TypeError(f"{network.name} already adapts: pass its plain network to {self.name}")
-        self.network = network.eval().requires_grad_(False)
-        self._bound()
+        with network_turn(network):
+            self.network = network.eval().requires_grad_(False)
+            self._bound()
 
     def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
         """Run the network through an inferer from now on, for volumes larger than the network's window.
@@ -149,6 +152,10 @@ class AdaptationMethod(nn.Module, ABC):
         Raises:
             ValueError: for an image that cannot be adapted to; the adaptation state is then unchanged.
         """
+        with method_turn(self):
+            return self._adapt_to_each(image)
+
+    def _adapt_to_each(self, image: Tensor) -> Tensor:
         plain = image.as_tensor() if isinstance(image, MetaTensor) else image
         self.uncertainty = None
         check_image(plain)
@@ -157,6 +164,7 @@ class AdaptationMethod(nn.Module, ABC):
         records = []
         with (
             self.transaction(),
+            network_turn(self.network),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device_type=plain.device.type, enabled=False),
@@ -182,7 +190,8 @@ class AdaptationMethod(nn.Module, ABC):
     def transaction(self, start: dict[str, Any] | None = None) -> Iterator[None]:
         """Restore the adaptation state if the block raises, so that a failure leaves no trace.
 
-        Transactions nest: the outermost one copies the state once, and a failure at any depth restores that copy.
+        Transactions nest: the outermost one copies the state once, and a failure at any depth restores that copy. Other
+        threads that use the method wait until the block ends.
 
         Args:
             start: the current :meth:`adaptation_state`, if the caller already has a copy; None makes one.
@@ -198,18 +207,19 @@ class AdaptationMethod(nn.Module, ABC):
             ...     method.images_seen
             0
         """
-        is_outermost = self._rollback is None
-        if is_outermost:
-            self._rollback = self.adaptation_state() if start is None else start
-        try:
-            yield
-        except BaseException:
-            if self._rollback is not None:
-                self.load_adaptation_state(self._rollback)
-            raise
-        finally:
+        with method_turn(self):
+            is_outermost = self._rollback is None
             if is_outermost:
-                self._rollback = None
+                self._rollback = self.adaptation_state() if start is None else start
+            try:
+                yield
+            except BaseException:
+                if self._rollback is not None:
+                    self.load_adaptation_state(self._rollback)
+                raise
+            finally:
+                if is_outermost:
+                    self._rollback = None
 
     def twin(self) -> Self:
         """Return a copy with its own state that shares the network."""
@@ -235,8 +245,9 @@ class AdaptationMethod(nn.Module, ABC):
         self.last = []
         self.uncertainty = None
         self._reset()
-        # the network's weights may have changed since it was bound
-        self._bound()
+        with network_turn(self.network):
+            # the network's weights may have changed since it was bound
+            self._bound()
 
     def adaptation_state(self) -> dict[str, Any]:
         """Return what is kept between images: a dict of tensors (copies, on the CPU) and plain types, no network."""

@@ -18,6 +18,8 @@ from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from mgipt_monai.utils.files import plain_text
+
 from .folder import BenchmarkFolder
 from .tables import percent
 
@@ -167,7 +169,7 @@ def stream_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> 
                 means[places],
                 **style.line(),
                 markevery=(min(offset * step // len(styles), len(places) - 1), step),
-                label=method if i == 0 else None,
+                label=plain_text(method) if i == 0 else None,
             )
     _shade(axes, blocks)
     plain_axes(axes)
@@ -230,7 +232,7 @@ def _shade(axes: Axes, blocks: Sequence[Block]) -> None:
         axes.axvspan(block.start + 0.5, block.stop + 0.5, color="0.94", linewidth=0, zorder=0)
     middles = [(block.start + block.stop + 1) / 2 for block in blocks]
     above = axes.secondary_xaxis("top")
-    above.set_xticks(middles, [_short(block.site) for block in blocks])
+    above.set_xticks(middles, [plain_text(_short(block.site)) for block in blocks])
     # a letter is about 0.07 inches wide; labels that would overlap are rotated
     room = 0.9 * WIDTH / blocks[-1].stop
     tight = any(0.07 * len(_short(block.site)) > room * (block.stop - block.start) for block in blocks)
@@ -256,7 +258,7 @@ def round_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> C
     axes = figure.subplots()
     for method, style in styles.items():
         means = folder.results["methods"][method]["metrics"]["dsc"]["rounds"]
-        axes.plot(range(1, len(means) + 1), [100 * mean for mean in means], **style.line(), label=method)
+        axes.plot(range(1, len(means) + 1), [100 * mean for mean in means], **style.line(), label=plain_text(method))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("round")
     axes.set_ylabel("mean DSC, %")
@@ -295,13 +297,13 @@ def gain_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> Ch
     beside.tick_params(length=0)
     beside.spines[:].set_visible(False)
     axes.set_ylim(len(folder.adapting) - 0.45, -0.6)
-    axes.set_yticks(range(len(folder.adapting)), folder.adapting)
+    axes.set_yticks(range(len(folder.adapting)), [plain_text(method) for method in folder.adapting])
     axes.tick_params(axis="y", length=0)
     axes.set_xscale("symlog", linthresh=1, linscale=0.8)
     axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in reversed(TICKS)), 0, *TICKS]))
     axes.xaxis.set_minor_locator(FixedLocator([]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0"))
-    axes.set_xlabel(f"change in DSC from {folder.baseline}, points (logarithmic beyond ±1)")
+    axes.set_xlabel(f"change in DSC from {plain_text(folder.baseline or '')}, points (logarithmic beyond ±1)")
     plain_axes(axes, grid="x")
     averaged = " (rounds averaged)" if folder.results["stream"]["rounds"] > 1 else ""
     return Chart(
@@ -326,7 +328,13 @@ def size_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> Ch
         places = np.arange(len(sizes)) + (i + 0.5) * width - 0.4
         style = styles[method]
         bars = axes.bar(
-            places, heights, 0.92 * width, label=method, color=style.color, hatch=style.hatch, edgecolor="white"
+            places,
+            heights,
+            0.92 * width,
+            label=plain_text(method),
+            color=style.color,
+            hatch=style.hatch,
+            edgecolor="white",
         )
         axes.bar_label(bars, [of_method.get(str(size), 0) for size in sizes], fontsize=9)
     axes.set_xticks(range(len(sizes)), [str(size) for size in sizes])
@@ -363,7 +371,7 @@ def prompt_chart(method: str, prompts: Mapping[str, Sequence[Any]]) -> Chart:
         for channel, (axes, values) in enumerate(zip(row, array, strict=True), start=1):
             shown = axes.imshow(values, cmap="RdBu_r", norm=norm)
             axes.axis("off")
-            axes.set_title(f"{name}, channel {channel}", fontsize=9)
+            axes.set_title(f"{plain_text(name)}, channel {channel}", fontsize=9)
             if max(values.shape) <= LARGEST_WITH_NUMBERS:
                 for (y, x), value in np.ndenumerate(values):
                     color = "white" if abs(value - 1) > 0.6 * norm.halfrange else "black"

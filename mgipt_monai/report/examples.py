@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from mgipt_monai.utils.files import plain_text
+from mgipt_monai.utils.outputs import output_file
+
 from .folder import BenchmarkFolder
 from .pictures import ADAPTED, INPUT, MASK, picture_path, read_masks
 
@@ -59,6 +62,7 @@ def draw_examples(examples: Sequence[Example], path: str | os.PathLike, columns:
     """Draw the examples in ``columns`` columns and save the figure (the file extension sets its format).
 
     Raises:
+        FileExistsError: if a file stands there that no run wrote.
         ModuleNotFoundError: if matplotlib is not installed.
     """
     import matplotlib
@@ -82,7 +86,9 @@ def draw_examples(examples: Sequence[Example], path: str | os.PathLike, columns:
     ]
     legend[0].set_path_effects(_dark_edge())
     figure.legend(handles=legend, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=110)
+    folder, name = output_file(path)
+    with folder.writing(name) as part:
+        figure.savefig(part, dpi=110)
     plt.close(figure)
 
 
@@ -91,7 +97,7 @@ def _draw_example(axes: Sequence[Any] | np.ndarray, example: Example) -> None:
     for axis, image in zip(axes, (example.image, example.adapted_image, example.image), strict=True):
         axis.imshow(np.clip(image.transpose(1, 2, 0), 0, 1), **grey)
     draw_contours(axes[2], example.reference, example.source, example.adapted)
-    axes[0].set_title(example.title, fontsize=9)
+    axes[0].set_title(plain_text(example.title), fontsize=9)
     axes[1].set_title("with the instance prompt", fontsize=9)
     axes[2].set_title(f"DSC {100 * example.source_dsc:.1f} → {100 * example.adapted_dsc:.1f}", fontsize=9)
 

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.outputs import output_file
 
 try:
     import jinja2
@@ -37,6 +37,7 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         Path of the page.
 
     Raises:
+        FileExistsError: if a ``report.html`` stands there that no run wrote.
         FileNotFoundError: if the folder has no ``results.json``.
         ValueError: if that file has another schema or version.
     """
@@ -52,10 +53,10 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
         charts=list(charts_of(benchmark)),
         chosen={method: images for method in methods if (images := chosen_images(benchmark, method))},
     )
-    path = benchmark.path / "report.html"
-    with atomic_path(path) as part:
-        part.write_text(html, encoding="utf-8")
-    return path
+    output, name = output_file(benchmark.path / "report.html")
+    with output.writing(name) as part:
+        part.write_text(html, encoding="utf-8", errors="replace")
+    return benchmark.path / name
 
 
 def page_environment() -> jinja2.Environment:

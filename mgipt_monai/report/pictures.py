@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.outputs import OutputFolder, check_output_name
 
 __all__ = ["ADAPTED", "INPUT", "MASK", "PictureWriter", "picture_path", "read_masks", "write_masks"]
 
@@ -40,10 +41,12 @@ class PictureWriter:
             a method that does not change its input.
         reference: folder for the pictures that all methods share; existing pictures are kept. None writes none.
         side: longest side of the pictures in pixels; smaller images keep their size.
+        shown: returns what stands for an image's name in the names of its pictures.
 
     Raises:
-        ValueError: at construction, if ``side`` is below one; in a run, if there is no reference mask or
-            there are more than eight classes.
+        FileExistsError: in a run, if a file stands there that no run wrote.
+        ValueError: at construction, if ``side`` is below one; in a run, if there is no reference mask, there are more
+            than eight classes, or a name leaves the folder.
 
     Example:
         >>> from ignite.engine import Engine
@@ -58,10 +61,13 @@ class PictureWriter:
         adapted_input: Callable[[Tensor], Tensor] | None = None,
         reference: str | os.PathLike[str] | None = None,
         side: int = 256,
+        shown: Callable[[str], str] = str,
     ) -> None:
         if side < 1:
             raise ValueError(f"side must be at least 1 pixel, got {side}")
-        self.folder, self.adapted_input, self.reference, self.side = folder, adapted_input, reference, side
+        self.shown = shown
+        self.folder, self.adapted_input, self.side = OutputFolder(folder, durable=False), adapted_input, side
+        self.reference = None if reference is None else OutputFolder(reference, durable=False)
 
     def attach(self, engine: Engine) -> None:
         """Attach to an evaluator."""
@@ -70,7 +76,7 @@ class PictureWriter:
     def __call__(self, engine: Engine) -> None:
         """Write the pictures of the image just processed."""
         (output,) = cast("list[dict[str, Any]]", engine.state.output)
-        name = cast(Any, engine.state).record["name"]
+        name = self.shown(cast(Any, engine.state).record["name"])
         if output.get(CommonKeys.LABEL) is None:
             raise ValueError(f"{name} has no reference mask: the pictures of the report need a labelled stream")
         image, pred, label = (
@@ -80,16 +86,17 @@ class PictureWriter:
         place = _fullest_plane(label)
         shown = _small(_plane(image, place), self.side)
         size = shown.shape[1:]
-        write_masks(picture_path(self.folder, name, MASK), _mask(pred, place, size))
+        check_output_name(name)
+        _write_masks(self.folder, f"{name}.{MASK}", _mask(pred, place, size))
         if self.adapted_input is not None:
             with torch.no_grad():
                 adapted = self.adapted_input(image[None])[0]
-            _write_image(picture_path(self.folder, name, ADAPTED), _small(_plane(adapted, place), self.side))
+            _write_image(self.folder, f"{name}.{ADAPTED}", _small(_plane(adapted, place), self.side))
         if self.reference is not None:
-            if not picture_path(self.reference, name, INPUT).exists():
-                _write_image(picture_path(self.reference, name, INPUT), shown)
-            if not picture_path(self.reference, name, MASK).exists():
-                write_masks(picture_path(self.reference, name, MASK), _mask(label, place, size))
+            if not self.reference.file(f"{name}.{INPUT}").exists():
+                _write_image(self.reference, f"{name}.{INPUT}", shown)
+            if not self.reference.file(f"{name}.{MASK}").exists():
+                _write_masks(self.reference, f"{name}.{MASK}", _mask(label, place, size))
 
 
 def picture_path(folder: str | os.PathLike[str], name: str, ending: str) -> Path:
@@ -103,10 +110,19 @@ def write_masks(path: str | os.PathLike[str], masks: np.ndarray) -> None:
     Raises:
         ValueError: if there are more than eight classes.
     """
+    with atomic_path(path) as part:
+        _mask_picture(masks).save(part)
+
+
+def _write_masks(folder: OutputFolder, name: str, masks: np.ndarray) -> None:
+    with folder.writing(name) as part:
+        _mask_picture(masks).save(part)
+
+
+def _mask_picture(masks: np.ndarray) -> Image.Image:
     if len(masks) > MAX_CLASSES:
         raise ValueError(f"a mask picture holds at most {MAX_CLASSES} classes, got {len(masks)}")
-    with atomic_path(path) as part:
-        Image.fromarray(np.packbits(masks > 0, axis=0, bitorder="little")[0]).save(part)
+    return Image.fromarray(np.packbits(masks > 0, axis=0, bitorder="little")[0])
 
 
 def read_masks(path: str | os.PathLike[str], classes: int) -> np.ndarray:
@@ -143,7 +159,7 @@ def _mask(masks: Tensor, place: float | None, size: torch.Size) -> np.ndarray:
     return resized.cpu().numpy()
 
 
-def _write_image(path: Path, image: Tensor) -> None:
+def _write_image(folder: OutputFolder, name: str, image: Tensor) -> None:
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    with atomic_path(path) as part:
+    with folder.writing(name) as part:
         Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(part, quality=85)

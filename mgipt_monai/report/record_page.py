@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.outputs import output_file
 
 from .charts import BASELINE, MAIN, WIDTH, Chart, as_svg, legend_below, plain_axes
 from .page import page_environment
@@ -29,11 +29,16 @@ KINDS = {"failed": ("x", "#d55e00"), "unadapted": ("s", BASELINE), "adapted": ("
 def write_record_page(
     path: str | os.PathLike[str], rows: Sequence[Row], table: Sequence[Sequence[str]], alerts: Sequence[str]
 ) -> Path:
-    """Write the page; the same records give the same bytes."""
+    """Write the page; the same records give the same bytes.
+
+    Raises:
+        FileExistsError: if a file stands there that no run wrote.
+    """
     template = page_environment().get_template("records.html.j2")
     html = template.render(count=len(rows), table=table, alerts=alerts, charts=record_charts(rows))
-    with atomic_path(path) as part:
-        part.write_text(html, encoding="utf-8")
+    folder, name = output_file(path)
+    with folder.writing(name) as part:
+        part.write_text(html, encoding="utf-8", errors="replace")
     return Path(path)
 
 

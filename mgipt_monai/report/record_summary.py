@@ -218,7 +218,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.html:
         from .record_page import write_record_page
 
-        print(write_record_page(options.html, rows, table, found))
+        try:
+            print(write_record_page(options.html, rows, table, found))
+        except OSError as error:
+            parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Pseudonyms:
         Raises:
             ValueError: if the key file does not contain a key.
         """
-        return hmac.new(self._key, name.encode(), hashlib.sha256).hexdigest()[:DIGITS]
+        return hmac.new(self._key, name.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:DIGITS]
 
     @cached_property
     def _key(self) -> bytes:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+import re
+import zlib
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +19,7 @@ from mgipt_monai.stream.pseudonyms import Pseudonyms, without_names
 from mgipt_monai.utils.files import atomic_path
 from mgipt_monai.utils.provenance import fingerprint, versions
 
-__all__ = ["AuditTrail", "Identifiers", "RecordFile", "in_words", "json_types"]
+__all__ = ["AuditTrail", "Identifiers", "RecordFile", "check_identifiers", "hidden_name", "in_words", "json_types"]
 
 
 class RecordFile:
@@ -24,6 +27,7 @@ class RecordFile:
 
     Each line has ``name``, ``site``, ``round`` if the stream has rounds, ``status`` (``ok`` or ``failed``), ``reason``
     if it failed, ``seconds``, the metrics if there is a label, and what the method did (see the method's ``last``).
+    ``source``, if the image has files, is a fingerprint of their names and sizes.
 
     Args:
         path: the file; created with the first line.
@@ -40,32 +44,146 @@ class RecordFile:
         self.path = Path(path)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one line; values that JSON cannot represent (NaN, infinity) become null."""
+        """Write one line; values that JSON cannot represent (NaN, infinity) become null.
+
+        A last line that a crash cut off is removed before, and one that a full disk cuts off is removed again.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(json_types(row), allow_nan=False) + "\n")
+        line = json.dumps(json_types(row), allow_nan=False).encode() + b"\n"
+        with self.path.open("ab", buffering=0) as file:
+            end = self.complete_size()
+            file.truncate(end)
+            left = memoryview(line)
+            try:
+                while left:
+                    left = left[file.write(left) :]
+            except OSError:
+                file.truncate(end)
+                raise
 
     def read(self) -> list[dict[str, Any]]:
-        """Return all complete lines; a last line cut off by a crash is left out."""
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
-
-    def keep(self, count: int) -> list[dict[str, Any]]:
-        """Truncate the file to its first ``count`` lines and return them.
+        """Return all complete lines; a last line cut off by a crash is left out.
 
         Raises:
-            ValueError: if there are fewer.
+            ValueError: if a complete line is no record; the message names it.
         """
-        rows = self.read()[:count]
+        return list(self._rows())
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        if not self.path.is_file():
+            return
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
+            if line:
+                try:
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"it holds a {type(row).__name__}")
+                except (ValueError, RecursionError) as error:
+                    raise self._damaged(number, error) from error
+                yield row
+
+    def _damaged(self, number: int, error: Exception) -> ValueError:
+        return ValueError(
+            f"line {number} of {self.path} is damaged ({error}): restore the file from a copy, or move it away and "
+            "start a new stream, without resume"
+        )
+
+    def keep(self, count: int, failed: bool = True) -> list[dict[str, Any]]:
+        """Truncate the file to its first ``count`` lines and return them; what stands behind them may be damaged.
+
+        Args:
+            count: number of lines.
+            failed: False removes the lines of failed images first.
+
+        Raises:
+            ValueError: if there are fewer, or one of them is no image's record.
+        """
+        rows: list[dict[str, Any]] = []
+        for number, row in enumerate(self._rows() if count else (), start=1):
+            try:
+                check_row(row)
+            except ValueError as error:
+                raise self._damaged(number, error) from error
+            if failed or row["status"] == "ok":
+                rows.append(row)
+            if len(rows) == count:
+                break
         if len(rows) < count:
             raise ValueError(
-                f"{self.path} has only {len(rows)} of the {count} records of the stream to resume: start a new stream"
+                f"{self.path} has only {len(rows)} of the {count} records of the stream to resume: restore the file "
+                "from a copy, or start a new stream, without resume"
             )
         with atomic_path(self.path) as part:
             part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return rows
+
+    def complete_size(self) -> int:
+        """Return the number of bytes up to the end of the last complete line."""
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            end = file.seek(0, os.SEEK_END)
+            while end:
+                start = max(0, end - BLOCK)
+                file.seek(start)
+                found = file.read(end - start).rfind(b"\n")
+                if found >= 0:
+                    return start + found + 1
+                end = start
+        return 0
+
+    def mark(self) -> dict[str, Any]:
+        """Return what tells the end of the file's last line: the file's name, a size, and a check sum of the latest."""
+        size = self.complete_size()
+        return {"file": self.path.name, "size": size, "sum": self._sum(size)}
+
+    def cut(self, mark: dict[str, Any]) -> None:
+        """Truncate the file to an earlier :meth:`mark`; another file, or one that was shortened since, stays."""
+        size = mark.get("size")
+        if size is None or mark.get("file") != self.path.name or self.complete_size() <= size:
+            return
+        if self._sum(size) == mark.get("sum"):
+            os.truncate(self.path, size)
+
+    def _sum(self, size: int) -> int:
+        """Return the check sum of the last bytes before ``size``."""
+        if not self.path.is_file():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(max(0, size - BLOCK))
+            return zlib.crc32(file.read(min(size, BLOCK)))
+
+
+BLOCK = 1 << 16
+
+
+def check_row(row: dict[str, Any]) -> None:
+    """Raise ValueError for a dict that is no image's record.
+
+    Example:
+        >>> check_row({"name": "A/eye", "status": "ok", "site": "A", "seconds": 0.5})
+        >>> check_row({"name": "A/eye", "status": "done"})
+        Traceback (most recent call last):
+        ValueError: status is 'done'
+    """
+    status, metrics = row.get("status"), row.get("metrics")
+    if status not in ("ok", "failed"):
+        raise ValueError(f"status is {status!r}")
+    texts = ["name", *(["reason"] if status == "failed" else [])]
+    if wrong := [key for key in texts if not isinstance(row.get(key), str)]:
+        raise ValueError(f"{wrong[0]} is no text")
+    if not isinstance(row.get("site"), (str, int, type(None))):
+        raise ValueError("site is neither a text nor a number")
+    seconds = row.get("seconds")
+    if seconds is None and status == "failed":
+        seconds = 0.0
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+        raise ValueError("seconds is no number")
+    tables = metrics.values() if isinstance(metrics, dict) else [] if metrics is None else [metrics]
+    if not all(isinstance(table, dict) for table in tables):
+        raise ValueError("metrics is no table")
+    if not all(isinstance(value, (int, float, type(None))) for table in tables for value in table.values()):
+        raise ValueError("metrics has values that are no numbers")
 
 
 def in_words(row: dict[str, Any]) -> str:
@@ -116,41 +234,52 @@ class AuditTrail:
     Args:
         path: the record file, see :class:`mgipt_monai.RecordFile`.
         identifiers: ``names`` writes the images' names; ``hashed`` replaces them with 16 hexadecimal digits, also in
-            the reasons of failed images, using a random key in ``<records>.key`` (see
-            :class:`mgipt_monai.stream.pseudonyms.Pseudonyms`). Site names are kept.
+            the reasons of failed images, using a random key (see
+            :class:`mgipt_monai.stream.pseudonyms.Pseudonyms`). Site names are kept, and the ``round_2/`` of a name.
+        key_path: the key's file; None uses ``<records>.key``. Streams with the same key have the same pseudonyms.
 
     Raises:
         ValueError: at construction, for unknown ``identifiers``.
     """
 
-    def __init__(self, path: str | os.PathLike, identifiers: Identifiers = "names") -> None:
-        if identifiers not in get_args(Identifiers):
-            raise ValueError(f"identifiers must be one of {', '.join(get_args(Identifiers))}; got {identifiers!r}")
-        self.file, self.identifiers = RecordFile(path), identifiers
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        identifiers: Identifiers = "names",
+        key_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.file, self.identifiers = RecordFile(path), check_identifiers(identifiers)
         self.runs_path = self.file.path.with_suffix(".runs.json")
-        self._pseudonyms = Pseudonyms(self.file.path.with_suffix(".key"))
+        self._pseudonyms = Pseudonyms(self.file.path.with_suffix(".key") if key_path is None else key_path)
         self._run: int | None = None
+        self._runs_before = 0
 
-    def keep(self, count: int) -> list[dict[str, Any]]:
+    def keep(self, count: int, failed: bool = True) -> list[dict[str, Any]]:
         """Truncate the file to the records of the first ``count`` images and return them; 0 removes the runs too.
 
+        Args:
+            count: number of images.
+            failed: False removes the records of failed images first.
+
         Raises:
-            ValueError: if there are fewer, or the names were written with other ``identifiers``.
+            ValueError: if there are fewer, the names were written with other ``identifiers``, or a file is damaged.
         """
         if count == 0:
             self.runs_path.unlink(missing_ok=True)
-        for run in self._runs().values():
+        runs = self._runs()
+        for run in runs.values():
             if run["identifiers"] != self.identifiers:
                 raise ValueError(
                     f"{self.file.path} was started with identifiers={run['identifiers']!r}: resume with the same, or "
                     "start a new stream"
                 )
-        return self.file.keep(count)
+        rows = self.file.keep(count, failed)
+        numbers = [row.get("run") for row in rows]
+        self._runs_before = max([len(runs), *(number for number in numbers if isinstance(number, int))])
+        return rows
 
     def begin(self, method: AdaptationMethod, first: int) -> None:
-        """Start a run of ``method`` at position ``first`` of the stream; 0 starts new files."""
-        if first == 0:
-            self.keep(0)
+        """Start a run of ``method`` at position ``first`` of the stream, after :meth:`keep`."""
         self._run = None
         self._about = {
             "started": now(),
@@ -175,7 +304,13 @@ class AuditTrail:
 
     def shown(self, name: str) -> str:
         """Return a name as it appears in the records."""
-        return self._pseudonyms.of(name) if self.identifiers == "hashed" else name
+        return hidden_name(name, self._pseudonyms) if self.identifiers == "hashed" else name
+
+    def sealed(self, text: str) -> str:
+        """Return 16 hexadecimal digits for a text, which tell nothing about it without the key if names are hidden."""
+        if self.identifiers == "hashed":
+            return self._pseudonyms.of(text)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
     def _hidden(self, row: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
         shown = self.shown(row["name"])
@@ -184,13 +319,38 @@ class AuditTrail:
 
     def _note_run(self) -> int:
         runs = self._runs()
-        self._run = len(runs) + 1
+        self._run = max(len(runs), self._runs_before) + 1
         with atomic_path(self.runs_path) as part:
             part.write_text(json.dumps({**runs, str(self._run): self._about}, indent=2) + "\n", encoding="utf-8")
         return self._run
 
     def _runs(self) -> dict[str, Any]:
-        return json.loads(self.runs_path.read_text(encoding="utf-8")) if self.runs_path.is_file() else {}
+        if not self.runs_path.is_file():
+            return {}
+        try:
+            runs = json.loads(self.runs_path.read_bytes())
+            if not isinstance(runs, dict) or not all(isinstance(run.get("identifiers"), str) for run in runs.values()):
+                raise ValueError("it does not describe runs")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"{self.runs_path} is damaged ({error}): restore it from a copy, or remove it to resume without what "
+                "it says of the runs before"
+            ) from error
+        return runs
+
+
+def check_identifiers(identifiers: Identifiers) -> Identifiers:
+    """Return ``identifiers``; raise ValueError if they are unknown."""
+    if identifiers not in get_args(Identifiers):
+        raise ValueError(f"identifiers must be one of {', '.join(get_args(Identifiers))}; got {identifiers!r}")
+    return identifiers
+
+
+def hidden_name(name: str, pseudonyms: Pseudonyms) -> str:
+    """Return a name's pseudonym; the same for an image in all rounds, with the round in front."""
+    found = re.match(r"round_\d+/(?=.)", name)
+    front = found[0] if found else ""
+    return front + pseudonyms.of(name[len(front) :])
 
 
 def now() -> str:

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.networks.alignment.norms import network_turn
 from mgipt_monai.utils.files import load_state, save_state
 from mgipt_monai.utils.provenance import fingerprint
 from mgipt_monai.utils.state_checks import check_keys, check_number
@@ -18,6 +20,7 @@ __all__ = ["StreamFile", "check_content"]
 
 SCHEMA, VERSION = "mgipt_monai.stream", 1
 KEYS = {"schema", "version", "weights", "settings", "adaptation", "position", "site", "snapshots"}
+OPTIONAL = {"pipeline", "postponed", "records"}
 
 
 class StreamFile:
@@ -25,6 +28,9 @@ class StreamFile:
 
     It holds the adaptation state, the number of images done, the latest site's name, the fingerprint of the source
     weights, the method's settings, and the latest snapshots. Its size does not depend on the number of images seen.
+    Optional are ``pipeline`` (the settings of transforms, readers and the inferer), ``postponed`` (failed images that
+    are taken again at the end: the position from which they are, and their places in the list of images) and
+    ``records`` (how far the record file of a :class:`mgipt_monai.PersistentInferer` goes).
 
     Args:
         path: the file; a process that adapts holds the lock ``<path>.lock``.
@@ -81,17 +87,21 @@ class StreamFile:
 
     def start(self, method: AdaptationMethod) -> None:
         """Start a new stream without snapshots, for the current weights of the method's network."""
-        self._kept, self._weights = [], fingerprint(method.network)
+        self._kept, self._weights = [], _fingerprint(method)
 
-    def load(self, method: AdaptationMethod) -> dict[str, Any]:
+    def load(self, method: AdaptationMethod, pipeline: dict[str, Any] | None = None) -> dict[str, Any]:
         """Load the stream's state into a method, and return the file's content.
+
+        Args:
+            method: the method that goes on with the stream.
+            pipeline: settings that must be those that the state was saved with; None checks none.
 
         Raises:
             FileNotFoundError: if there is no file.
             ValueError: if it is not a stream's state, or was made with other weights, another method or other settings;
                 the message names the difference, and the method is unchanged.
         """
-        self._weights = fingerprint(method.network)
+        self._weights = _fingerprint(method)
         content = read(self.path)
         if content["weights"] != self._weights:
             raise ValueError(
@@ -99,9 +109,12 @@ class StreamFile:
                 f"made with (SHA-256 {content['weights'][:12]}..., this network has {self._weights[:12]}...)"
             )
         differing = differences(content["settings"], method.settings())
+        if pipeline is not None and "pipeline" in content:
+            differing += differences(content["pipeline"], pipeline)
         if differing:
+            more = f"; and {len(differing) - MOST_NAMED} more" if len(differing) > MOST_NAMED else ""
             raise ValueError(
-                f"{self.path} was made with other settings: {'; '.join(differing)}; "
+                f"{self.path} was made with other settings: {'; '.join(differing[:MOST_NAMED])}{more}; "
                 "set them back, or start a new stream"
             )
         try:
@@ -116,17 +129,24 @@ class StreamFile:
 
         Args:
             method: the method that adapts.
-            state: ``adaptation`` (its state), ``position`` (number of images done) and ``site`` (of the latest image).
+            state: ``adaptation`` (its state), ``position`` (number of images done) and ``site`` (of the latest image),
+                and what is optional.
         """
         own = {"schema": SCHEMA, "version": VERSION, "settings": method.settings()}
-        own["weights"] = self._weights = self._weights or fingerprint(method.network)
+        own["weights"] = self._weights = self._weights or _fingerprint(method)
         save_state({**own, **state, "snapshots": self._kept}, self.path)
 
     def snapshot(self, state: dict[str, Any], always: bool = False) -> None:
         """Keep a state (see :meth:`save`) as a snapshot, every ``snapshot_every`` images or ``always``."""
         passed = state["position"] - (self._kept[-1]["position"] if self._kept else 0)
         if self.snapshots and passed >= (1 if always else self.snapshot_every):
-            self._kept = [*self._kept, state][-self.snapshots :]
+            kept = {key: state[key] for key in ("adaptation", "position", "site")}
+            self._kept = [*self._kept, kept][-self.snapshots :]
+
+    def renumber(self, position: Callable[[int], int]) -> None:
+        """Give the snapshots other positions, in the same order."""
+        states = {position(state["position"]): state for state in self._kept}
+        self._kept = [{**state, "position": there} for there, state in states.items()]
 
     def rollback(self, to: int) -> None:
         """Make a snapshot the current state; the images after it count as not seen, their records stay.
@@ -159,7 +179,7 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
         ValueError: if it is not a stream file, or has another version.
     """
     content = load_state(path)
-    if not isinstance(content.get("schema"), str) or content["schema"] != SCHEMA or set(content) != KEYS:
+    if not isinstance(content.get("schema"), str) or content["schema"] != SCHEMA or set(content) - OPTIONAL != KEYS:
         raise ValueError(f"{path} is not a stream's state: remove it to start a new stream")
     if not isinstance(content["version"], int) or content["version"] != VERSION:
         raise ValueError(f"{path} is of version {content['version']}, this mgipt_monai reads version {VERSION}")
@@ -194,8 +214,9 @@ def change(one: Any, other: Any) -> dict[str, float]:
     return far
 
 
-DEPTH = 8
-"""Maximum nesting depth of settings; those of the methods have three levels."""
+DEPTH, VALUES = 8, 10_000
+"""Maximum nesting depth of settings, and number of values; those of the methods have three levels."""
+MOST_NAMED = 6
 
 
 def check_content(content: dict[str, Any]) -> None:
@@ -206,8 +227,22 @@ def check_content(content: dict[str, Any]) -> None:
     """
     if not isinstance(content["weights"], str):
         raise ValueError(f"weights must be a string, got {type(content['weights']).__name__}")
-    if not isinstance(content["settings"], dict) or not _is_plain(content["settings"]):
-        raise ValueError("settings must be a dict of plain values")
+    for key in ("settings", "pipeline"):
+        if not isinstance(content.get(key, {}), dict) or not _is_plain(content.get(key, {})):
+            raise ValueError(f"{key} must be a dict of plain values")
+    if "postponed" in content:
+        check_keys("postponed", content["postponed"], {"base", "images"})
+        images = content["postponed"]["images"]
+        if not isinstance(images, list):
+            raise ValueError("postponed images must be a list")
+        for number in (content["postponed"]["base"], *images):
+            check_number("postponed", number, least=0, whole=True)
+        if len(set(images)) < len(images):
+            raise ValueError("postponed images are listed twice")
+    if "records" in content:
+        check_keys("records", content["records"], {"file", "size", "sum"})
+        for key in ("size", "sum"):
+            check_number(f"records' {key}", content["records"][key], least=0, whole=True)
     if not isinstance(content["snapshots"], list):
         raise ValueError(f"snapshots must be a list, got {type(content['snapshots']).__name__}")
     for state in (content, *content["snapshots"]):
@@ -218,9 +253,24 @@ def check_content(content: dict[str, Any]) -> None:
             raise ValueError(f"site must be a string or a whole number, got {type(state['site']).__name__}")
 
 
-def _is_plain(value: Any, depth: int = DEPTH) -> bool:
-    if isinstance(value, dict):
-        return depth > 0 and all(isinstance(k, str) and _is_plain(v, depth - 1) for k, v in value.items())
-    if isinstance(value, list):
-        return depth > 0 and all(_is_plain(v, depth - 1) for v in value)
-    return isinstance(value, (bool, int, float, str))
+def _is_plain(value: Any) -> bool:
+    """Whether nested dicts and lists hold only plain values, and not too many of them."""
+    left, count = [(value, DEPTH)], 0
+    while left:
+        one, depth = left.pop()
+        count += 1
+        if not isinstance(one, (dict, list)):
+            if not isinstance(one, (bool, int, float, str)):
+                return False
+            continue
+        if depth == 0 or count + len(left) + len(one) > VALUES:
+            return False
+        if isinstance(one, dict) and not all(isinstance(key, str) for key in one):
+            return False
+        left += [(each, depth - 1) for each in (one.values() if isinstance(one, dict) else one)]
+    return count <= VALUES
+
+
+def _fingerprint(method: AdaptationMethod) -> str:
+    with network_turn(method.network):
+        return fingerprint(method.network)

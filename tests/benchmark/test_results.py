@@ -160,3 +160,25 @@ def test_images_csv_and_timing(tmp_path: Path) -> None:
     assert (found[1]["dsc_disc"], found[1]["reason"]) == ("", "broken")
     methods = timing(runs)["methods"]
     assert methods["source"] == {"seconds": {"mean": 0.5, "median": 0.5}, "peak_memory_mib": 50.0}
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path: Path) -> None:
+    names = ["=1+1", "+1", "-1", "@sum", "\tx", "\rx", "\nx", "eye", "'=1", ""]
+    records = [{"name": name, "site": name, "status": "ok", "metrics": {"dsc": {"disc": -0.5}}} for name in names]
+    write_images_csv(
+        {"=method": [*records, {"name": "eye", "status": "failed", "reason": "=cmd|' /C calc'!A0"}]}, tmp_path / "t.csv"
+    )
+    with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert not [cell for row in found for cell in row.values() if cell.startswith(("=", "+", "@", "\t", "\r", "\n"))]
+    assert [row["name"].removeprefix("'") for row in found[:8]] == names[:8]
+    assert [row["name"] for row in found[8:]] == ["'=1", "", "eye"]
+    assert found[0]["method"] == "'=method"
+    assert float(found[0]["dsc_disc"]) == -0.5
+
+
+def test_tables_of_a_protocol_hold_no_formula_either(tmp_path: Path) -> None:
+    from mgipt_monai.utils.files import write_csv
+
+    write_csv(tmp_path / "t.csv", [{"=HYPERLINK(1)": "=1", "mean": 2.5}])
+    assert (tmp_path / "t.csv").read_text().splitlines() == ["'=HYPERLINK(1),mean", "'=1,2.5"]

@@ -241,7 +241,8 @@ def test_training_writes_weights_that_inference_takes(tmp_path: Path, demo_sites
         [INFERENCE, TRAIN], output_dir=tmp_path / "model", max_epochs=2, val_interval=1, batch_size=2, **settings
     )
     assert "val_mean_dice" in done.stdout
-    assert {path.name for path in (tmp_path / "model").iterdir()} == {"model.pt", "training.pt"}
+    written = {path.name for path in (tmp_path / "model").iterdir()}
+    assert written == {"model.pt", "model.pt.sha256", "training.pt", ".mgipt_written"}
     run_bundle(
         [INFERENCE],
         output_dir=tmp_path / "out",

@@ -19,7 +19,7 @@ from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
 
 from mgipt_monai import RecordFile, SourceStatistics, load_state
-from mgipt_monai.utils.naming import root_cause
+from mgipt_monai.utils.files import root_cause
 from tests.bundle.conftest import ROOT, run_bundle
 from tests.conftest import tiny_network
 

@@ -79,7 +79,7 @@ def mask_of_a_run(image: Path, folder: Path, quick: Path) -> np.ndarray:
     network = parser.get_parsed_content("network_def")
     network.load_state_dict(torch.load(BUNDLE / "models" / "model.pt", weights_only=True))
     run_pieces(parser, network.eval(), image)
-    (written,) = folder.iterdir()
+    (written,) = (path for path in folder.iterdir() if not path.name.startswith("."))
     return nibabel.load(written).get_fdata() if written.name.endswith(".nii.gz") else np.asarray(Image.open(written))
 
 

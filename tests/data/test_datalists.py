@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -176,3 +177,43 @@ def test_command_says_what_is_wrong(
         main([str(sites), str(tmp_path / "out.json"), *options])
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"image": "a.png", "name": 5}, "entry 2 has name 5: write it as a text"),
+        ({"image": "a.png", "name": None}, "entry 2 has name null: write it as a text"),
+        ({"image": "a.png", "name": ["a"]}, 'entry 2 has name ["a"]: write it as a text'),
+        ({"image": "a.png", "site": None}, "entry 2 has site null: write it as a text, or leave it out"),
+        ({"image": "a.png", "site": {"x": 1}}, 'entry 2 has site {"x": 1}: write it as a text'),
+        ({"image": 5}, "entry 2 has image 5: write the path of a file as a text"),
+        ({"image": None}, "entry 2 has image null: write the path"),
+        ({"image": []}, "entry 2 has image []: write the path"),
+        ({"image": ["a.png", 7]}, 'entry 2 has image ["a.png", 7]: write the path'),
+        ({"image": "a.png", "label": 1.5}, "entry 2 has label 1.5: write the path"),
+        ({"image": "a\0b.png"}, "entry 2 has image"),
+        ({"image": "a.png", "round": "2"}, 'entry 2 has round "2": write a whole number from 1'),
+        ({"image": "a.png", "round": 0}, "entry 2 has round 0: write a whole number from 1"),
+        ({"image": "a.png", "age": None}, "entry 2 has no value for age: leave out what is null"),
+        ({"label": "a.png"}, "entry 2 has no image"),
+        ([], "entry 2 is []: write"),
+        (None, "entry 2 is null: write"),
+    ],
+    ids=str,
+)
+def test_entry_of_other_types_is_a_sentence_before_the_run(entry: object, message: str, tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text(json.dumps({"testing": [{"image": "good.png"}, entry]}))
+    with pytest.raises(ValueError, match=rf"list.json is not a datalist .*{re.escape(message)}"):
+        find_stream(tmp_path / "list.json")
+
+
+def test_list_that_is_no_list_or_no_table_is_a_sentence(tmp_path: Path) -> None:
+    for content in ('{"other": []}', '{"testing": 3}', "[]", "[" * 100_000, '{"testing": {"image": "a.png"}}'):
+        (tmp_path / "list.json").write_text(content)
+        with pytest.raises(ValueError, match=r"list.json is not a datalist"):
+            find_stream(tmp_path / "list.json")
+    for table in (b"image\n\xff\xfe.png\n", b"image\n" + b"a" * 200_000 + b"\n"):
+        (tmp_path / "list.csv").write_bytes(table)
+        with pytest.raises(ValueError, match=r"list.csv is not a CSV table in UTF-8"):
+            find_stream(tmp_path / "list.csv")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from monai.transforms import Compose, Lambdad
+from PIL import Image
 
 from mgipt_monai.data import CheckImaged, LabelToChannelsd, StreamDataset
 
@@ -48,7 +49,7 @@ def test_unfit_images_are_refused_in_words(image: torch.Tensor, message: str) ->
 
 
 def test_failure_of_a_transform_comes_out_with_the_file_and_the_first_cause(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"x")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
 
     def broken(_image: object) -> None:
         raise ValueError("too dark")

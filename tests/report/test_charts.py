@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -87,3 +88,15 @@ def test_prompt_that_changes_nothing_is_drawn_and_numbers_are_left_out_of_small_
     cells = [svg(chart.source).findall(".//*[@id]") for chart in (small, large)]
     texts = [sum(element.get("id", "").startswith("text_") for element in found) for found in cells]
     assert texts[0] - texts[1] == 9
+
+
+@pytest.mark.parametrize("name", ["A$x_{$", "$", "$$", r"\$a$\$", "$\\frac$", "a_b^c", "<&>$x$--"])
+def test_name_with_signs_of_a_formula_is_drawn_as_it_is(name: str, tmp_path: Path) -> None:
+    gains = {"source": 0, f"mgipt{name}": 0.01}
+    folder = BenchmarkFolder.read(fabricate(tmp_path, gains, sites=(name, "B"), pictures=False))
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # letters instead of outlines
+        charts = list(charts_of(folder))
+        along = {element.text for element in svg(charts[0].source).iter("{http://www.w3.org/2000/svg}text")}
+    assert name in along
+    assert f"mgipt{name}" in along
+    svg(prompt_chart(name, {name: np.ones((3, 3, 3))}).source)

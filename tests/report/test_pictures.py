@@ -25,6 +25,7 @@ from mgipt_monai import AdaptiveInferer, Source, StreamingAdaptationEvaluator
 from mgipt_monai.data.dataset import StreamDataset
 from mgipt_monai.report import PictureWriter
 from mgipt_monai.report.pictures import ADAPTED, INPUT, MASK, picture_path, read_masks, write_masks
+from mgipt_monai.utils.outputs import MANIFEST
 from tests.conftest import tiny_network
 
 
@@ -83,7 +84,7 @@ def show(path: Path) -> np.ndarray:
 
 
 def written(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {MANIFEST}
 
 
 def engine_after(image: torch.Tensor, pred: torch.Tensor, label: torch.Tensor) -> Engine:

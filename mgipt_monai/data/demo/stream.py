@@ -16,6 +16,7 @@ from PIL import Image
 
 from mgipt_monai.data.demo.cameras import CAMERAS, Camera
 from mgipt_monai.data.demo.fundus import fundus_scene
+from mgipt_monai.utils.outputs import OutputFolder
 
 
 def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, size: int = 128) -> list[dict[str, str]]:
@@ -26,7 +27,7 @@ def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, s
     photograph different eyes.
 
     Args:
-        folder: parent folder, created if missing; existing files are overwritten.
+        folder: parent folder, created if missing; files of an earlier call are overwritten.
         camera: camera of the site; the site has its name.
         count: number of eyes, at least 1.
         seed: non-negative integer.
@@ -36,6 +37,7 @@ def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, s
         A MONAI datalist, one ``{"image": path, "label": path, "site": name}`` for each eye.
 
     Raises:
+        FileExistsError: if a file stands there that no such call wrote.
         ValueError: if `count` or `seed` is out of range.
 
     Example:
@@ -49,9 +51,8 @@ def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, s
         raise ValueError(f"count is {count}; a site needs at least 1 eye")
     if seed < 0:
         raise ValueError(f"seed is {seed}; pass a non-negative integer")
-    site = Path(folder) / camera.name
-    for kind in ("images", "masks"):
-        (site / kind).mkdir(parents=True, exist_ok=True)
+    target = OutputFolder(folder, durable=False)
+    target.prepare()
     items = []
     for index in range(count):
         # crc32 instead of hash(), which differs between processes
@@ -59,10 +60,14 @@ def write_demo_site(folder: str | Path, camera: Camera, count: int, seed: int, s
         eye, settings, noise = (int(word) for word in sequence.generate_state(3))
         scene, mask = fundus_scene(eye, size)
         photograph = camera.jittered(settings)(scene, noise)
-        image_path, mask_path = (site / kind / f"eye_{index:03d}.png" for kind in ("images", "masks"))
-        Image.fromarray(np.round(photograph * 255).astype(np.uint8)).save(image_path)
-        Image.fromarray(mask).save(mask_path)
-        items.append({"image": str(image_path), "label": str(mask_path), "site": camera.name})
+        item = {"site": camera.name}
+        pixels = {"image": np.round(photograph * 255).astype(np.uint8), "label": mask}
+        for key, kind in (("image", "images"), ("label", "masks")):
+            name = f"{camera.name}/{kind}/eye_{index:03d}.png"
+            with target.writing(name) as part:
+                Image.fromarray(pixels[key]).save(part)
+            item[key] = str(target.file(name))
+        items.append(item)
     return items
 
 

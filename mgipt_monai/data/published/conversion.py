@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from mgipt_monai.data.datalists import write_datalist
+from mgipt_monai.data.outputs import check_names
 from mgipt_monai.data.streams import IMAGES, MASKS
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.outputs import OutputFolder, check_apart
 
 from .cropping import disc_window, resize
 from .layout import Layout, Sample
@@ -49,6 +50,7 @@ def convert(
         The number of images of each site.
 
     Raises:
+        FileExistsError: if a file stands in the output folder that no conversion wrote.
         FileNotFoundError: if files are missing in the folder; names them and what the layout expects.
         ValueError: if an argument is invalid, the output folder has other images, or a file is not as published.
     """
@@ -58,18 +60,22 @@ def convert(
     if crop and not layout.has_disc:
         raise ValueError(f"crop is for optic discs, layout {layout.name} has none: omit it")
     out = Path(output_dir)
-    if out.resolve().is_relative_to(Path(folder).resolve()):
-        raise ValueError(f"{out} is inside {folder} and would be read as part of the dataset: choose another")
+    check_apart(out, [folder])
     samples = _rename(layout.samples(Path(folder)), site)
     counts = Counter(sorted(sample.site for sample in samples))
     for of_site in counts:
         there = {path.name for path in (out / of_site / IMAGES).glob("*")}
         if others := there - {f"{sample.name}.png" for sample in samples if sample.site == of_site}:
             raise ValueError(f"{out / of_site} has other images ({min(others)}): choose another output_dir or site")
+    target = OutputFolder(out, durable=False)
+    target.prepare()
+    lists = {_list_name(sample): f"{_list_name(sample)}.json" for sample in samples}
+    target.claim(*lists.values())
+    check_names([{"name": f"{sample.site}/{sample.name}", "image": str(sample.image)} for sample in samples])
     for sample in samples:
-        _write(layout, sample, out / sample.site, crop, size)
-    for name in dict.fromkeys(_list_name(sample) for sample in samples):
-        write_datalist([_item(sample, out) for sample in samples if _list_name(sample) == name], out / f"{name}.json")
+        _write(layout, sample, target, crop, size)
+    for name, file in lists.items():
+        write_datalist([_item(sample, out) for sample in samples if _list_name(sample) == name], target.file(file))
     return dict(counts)
 
 
@@ -82,7 +88,7 @@ def _rename(samples: Sequence[Sample], site: str | None) -> list[Sample]:
     return [replace(sample, site=site) for sample in samples]
 
 
-def _write(layout: Layout, sample: Sample, folder: Path, crop: int | None, size: int | None) -> None:
+def _write(layout: Layout, sample: Sample, target: OutputFolder, crop: int | None, size: int | None) -> None:
     image, mask = layout.read(sample)
     if crop:
         try:
@@ -93,7 +99,7 @@ def _write(layout: Layout, sample: Sample, folder: Path, crop: int | None, size:
     if size:
         image, mask = resize(image, mask, size)
     for kind, pixels in ((IMAGES, image), (MASKS, mask)):
-        with atomic_path(folder / kind / f"{sample.name}.png") as part:
+        with target.writing(f"{sample.site}/{kind}/{sample.name}.png") as part:
             Image.fromarray(np.ascontiguousarray(pixels)).save(part)
 
 

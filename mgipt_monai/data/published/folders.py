@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from mgipt_monai.data.streams import IMAGE_ENDINGS
+from mgipt_monai.utils.files import IMAGE_ENDINGS
 
 __all__ = ["files_by_name", "folders_above", "pair"]
 

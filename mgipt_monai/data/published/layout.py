@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from mgipt_monai.data.dataset import read_photograph
 
 from .mask_files import open_mask
 
@@ -92,8 +93,7 @@ class Layout:
                 or the disc is missing; names the file.
         """
         try:
-            with Image.open(sample.image) as file:
-                image = np.asarray(file.convert("RGB"))
+            image = np.round(read_photograph(sample.image, "RGB")).astype(np.uint8)
             mask = self.decode(*map(open_mask, sample.masks))
             if self.stereo:
                 height, width = image.shape[:2]

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from monai.utils import optional_import
-from PIL import Image
+from PIL import Image, ImageOps
+
+from mgipt_monai.data.dataset import open_photograph
 
 __all__ = ["disc_and_cup", "grey_disc_and_cup", "open_mask", "two_masks"]
 
@@ -17,9 +19,8 @@ scipy_io, _ = optional_import("scipy.io", descriptor="{}: pip install mgipt_mona
 def open_mask(path: Path) -> Image.Image:
     """Open an image file, or the variable ``mask`` of a MATLAB file (needs scipy)."""
     if path.suffix.lower() != ".mat":
-        with Image.open(path) as file:
-            file.load()
-        return file
+        with open_photograph(path) as file:
+            return ImageOps.exif_transpose(file)
     content = scipy_io.loadmat(path)
     if "mask" not in content:
         raise ValueError(f"{path.name} has no variable mask")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mgipt_monai.data.streams import read_csv, stem
+from mgipt_monai.data.streams import read_csv
+from mgipt_monai.utils.files import stem
 
 from .layout import Layout, Sample
 from .mask_files import grey_disc_and_cup

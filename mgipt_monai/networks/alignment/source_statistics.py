@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from mgipt_monai.networks.alignment.fused import instance_statistics
 from mgipt_monai.networks.alignment.layers import MEASURE, find_measurable_layers, layer_features
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
-from mgipt_monai.utils.files import load_state, save_state
-from mgipt_monai.utils.naming import file_names
+from mgipt_monai.utils.files import file_names, load_state, save_state
 from mgipt_monai.utils.provenance import fingerprint
+from mgipt_monai.utils.state_checks import is_whole
 
 __all__ = ["LayerStatistics", "SourceStatistics", "measure_source_statistics", "read_statistics"]
 
@@ -55,7 +55,8 @@ class SourceStatistics:
         path: the file they were read from; None if they were not read from a file.
 
     Raises:
-        ValueError: at construction, for statistics that are not finite numbers, one per channel.
+        ValueError: at construction, for statistics that are not finite 32-bit numbers, one per channel, or negative
+            deviations, no layers, no positive number of images, or names and a fingerprint that are no texts.
     """
 
     layers: dict[str, LayerStatistics]
@@ -69,16 +70,30 @@ class SourceStatistics:
         return "the statistics" if self.path is None else f"the statistics in {self.path}"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.layers, dict) or not self.layers:
+            raise ValueError("the statistics have no layers")
+        if not is_whole(self.images) or self.images < 1:
+            raise ValueError(f"the number of source images must be a whole number from 1, got {self.images!r}")
+        if not isinstance(self.fingerprint, str):
+            raise ValueError(f"the fingerprint must be a text, got a {type(self.fingerprint).__name__}")
         for name, layer in self.layers.items():
-            values = torch.stack([layer.mean, layer.std])
-            if values.ndim != 2 or not torch.isfinite(values).all():
-                raise ValueError(f"the statistics of layer {name} are not finite numbers, one per channel")
+            if not isinstance(name, str):
+                raise ValueError(f"the name of a layer must be a text, got {name!r}")
+            _check_layer(name, layer.mean, layer.std)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one."""
+        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one.
+
+        Raises:
+            FileExistsError: if there is a file of another kind, such as the network's weights.
+        """
+        if os.path.lexists(path) and not _is_statistics(path):
+            raise FileExistsError(
+                f"{path} is not a statistics file, and not overwritten: choose another name, or move it away"
+            )
         layers = {name: vars(layer) for name, layer in self.layers.items()}
         content = {"version": VERSION, "images": self.images, "fingerprint": self.fingerprint, "layers": layers}
-        save_state(content, path)
+        save_state(content, path, sealed=True)
         logger.info("statistics of %d layers over %d source images written to %s", len(layers), self.images, path)
 
     @classmethod
@@ -110,6 +125,25 @@ class SourceStatistics:
                 f"{self.origin} were measured with other weights than this {type(network).__name__} has: "
                 f"measure them again with {MEASURE}"
             )
+
+
+def _check_layer(name: str, mean: Any, std: Any) -> None:
+    for value in (mean, std):
+        dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+        if not dense or value.dtype != torch.float32 or value.ndim != 1 or not len(value):
+            raise ValueError(f"the statistics of layer {name} are not 32-bit numbers, one per channel")
+    if len(mean) != len(std) or not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise ValueError(f"the statistics of layer {name} are not finite numbers, one per channel")
+    if (std < 0).any():
+        raise ValueError(f"the statistics of layer {name} have a negative standard deviation")
+
+
+def _is_statistics(path: str | os.PathLike[str]) -> bool:
+    try:
+        SourceStatistics.load(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def read_statistics(statistics: SourceStatistics | str | os.PathLike[str] | None) -> SourceStatistics | None:
