@@ -137,8 +137,8 @@ class BundleRun:
     """One run of ``python -m monai.bundle run``.
 
     Args:
-        configs: files laid over each other.
-        settings: values laid over theirs.
+        configs: files, merged in order.
+        settings: values that override theirs.
     """
 
     configs: Sequence[str | os.PathLike]
@@ -211,11 +211,11 @@ def _quoted(text: str) -> str:
 def errors_last(debug: bool = False, resumes: str = "") -> Iterator[None]:
     """End the program where the block fails, with the first cause's message as the last lines of the standard error.
 
-    MONAI raises errors anew, up to three times, and writes of each; ignite writes that an engine ends.
+    MONAI re-raises errors up to three times and logs each; ignite logs that an engine ends.
 
     Args:
         debug: whether to leave all that as it is, the traceback included.
-        resumes: what goes on with a run that is interrupted.
+        resumes: how an interrupted run is continued.
 
     Raises:
         SystemExit: 1 for an error, 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.

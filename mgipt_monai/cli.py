@@ -27,12 +27,12 @@ class BundleCommand:
     Args:
         what: it does, in a few words.
         folders: the bundle's key of each argument, with the word for it and what to give.
-        configs: of the bundle, laid over each other.
+        configs: of the bundle, merged in order.
         example: of its use.
         extra: without which it cannot work.
         weights: whether it takes the source network's weights.
         method: whether it takes a preset of the method.
-        resumes: what goes on with an interrupted run.
+        resumes: how an interrupted run is continued.
     """
 
     what: str
@@ -102,7 +102,7 @@ MODULES = {
     "records": ("mgipt_monai.report.record_summary", "sum up records of runs, with alerts"),
     "state": ("mgipt_monai.stream.command", "show, roll back or compare a stream's state"),
     "protocol": ("mgipt_monai.benchmark.protocol", "a published benchmark: each site in turn is the source"),
-    "report": ("mgipt_monai.report.__main__", "write a benchmark's report anew"),
+    "report": ("mgipt_monai.report.__main__", "rewrite a benchmark's report"),
     "compare": ("mgipt_monai.benchmark.comparison", "tables of a benchmark, or of several runs, in Markdown"),
     "datalist": ("mgipt_monai.data.datalists", "write a stream as a list of images"),
     "published": ("mgipt_monai.data.published.__main__", "convert a published data set that you have"),
@@ -264,7 +264,7 @@ def _init(arguments: Sequence[str]) -> None:
     for what, target in targets.items():
         copy_folder(installed(what), target)
     print(f"{folder / 'bundle'}: run it with --bundle {folder / 'bundle'}")
-    print(f"{folder / 'configs'}: lay them over it with --config {folder / 'configs'}/NAME.yaml")
+    print(f"{folder / 'configs'}: merge one with --config {folder / 'configs'}/NAME.yaml")
 
 
 def _path(arguments: Sequence[str]) -> None:

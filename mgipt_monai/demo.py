@@ -32,7 +32,7 @@ def run_method(bundle: Path, overlays: list[Path], dataset_dir: Path, output_dir
 
     Args:
         bundle: the bundle's folder.
-        overlays: configs laid over its ``inference.yaml`` and ``evaluate.yaml``.
+        overlays: configs merged into its ``inference.yaml`` and ``evaluate.yaml``.
         dataset_dir: the sites.
         output_dir: where masks, records and figures go.
 

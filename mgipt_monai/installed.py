@@ -38,7 +38,7 @@ def installed(folder: str = "bundle") -> Path:
     for place in (package / folder, package.parent / folder):
         if place.is_dir():
             return place
-    raise FileNotFoundError(f"there is no {folder} in {package}: install mgipt_monai anew")
+    raise FileNotFoundError(f"there is no {folder} in {package}: reinstall mgipt_monai")
 
 
 def copy_folder(source: Path, target: Path) -> None:

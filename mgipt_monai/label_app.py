@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--app", required=True, help="the app's folder")
     parser.add_argument("--name", default="mgipt_segmentation", help="the model's name (default %(default)s)")
     parser.add_argument(
-        "--overlays", nargs="*", default=[], help="files or installed overlays, laid over inference.yaml"
+        "--overlays", nargs="*", default=[], help="files or installed overlays, merged into inference.yaml"
     )
     parser.add_argument("--ckpt_path", help="the source network's weights (default: the bundle's)")
     options = parser.parse_args(arguments)

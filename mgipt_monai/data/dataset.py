@@ -122,7 +122,7 @@ def _check_volume(what: str, path: str | os.PathLike[str], max_values: int) -> N
             offset, bits = float(header["vox_offset"]), int(header["bitpix"])
             dimensions = [int(side) for side in header["dim"][1 : 1 + max(0, min(7, int(header["dim"][0])))]]
             if not size <= offset <= LARGEST_EXTENSIONS or not offset.is_integer():
-                offset_fix = "its data begin at a place that cannot be: copy it again, or convert it anew"
+                offset_fix = "its data begin at a place that cannot be: copy it again, or convert it again"
                 raise ValueError(f"{what} declares that {offset_fix} ({offset:g})")
             if not dimensions or min(dimensions) < 1 or bits < 1:
                 raise ValueError(f"{what} declares an image without voxels, {dimensions}: copy it again")
@@ -145,7 +145,7 @@ def _check_extensions(what: str, file: IO[bytes], size: int, offset: int, endian
         length = int.from_bytes(file.read(4), "little" if endianness == "<" else "big", signed=True)
         if not 16 <= length <= offset - place:
             raise ValueError(
-                f"{what} has a header extension of {length:,} bytes in {offset - place:,}: convert it anew"
+                f"{what} has a header extension of {length:,} bytes in {offset - place:,}: convert it again"
             )
         place += length
 

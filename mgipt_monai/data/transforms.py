@@ -92,7 +92,7 @@ def _check_affine(affine: Tensor | None) -> None:
     if affine is not None and not (torch.isfinite(affine).all() and torch.linalg.det(affine.double()) != 0):
         raise ValueError(
             "the header has no valid affine (a side of its voxels is zero or no number): repair sform, qform and "
-            "pixdim, or convert the file anew"
+            "pixdim, or convert the file again"
         )
 
 

@@ -63,7 +63,7 @@ class Attempts:
         return max(self._counts, default=None)
 
     def move(self, old: int, new: int) -> None:
-        """Note the position of an image anew."""
+        """Move the note of an image to its new position."""
         if old in self._counts:
             self._counts[new] = self._counts.pop(old)
 

@@ -93,7 +93,7 @@ class StreamFile:
         """Load the stream's state into a method, and return the file's content.
 
         Args:
-            method: the method that goes on with the stream.
+            method: the method that continues the stream.
             pipeline: settings that must be those that the state was saved with; None checks none.
 
         Raises:

@@ -274,7 +274,7 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     text = str(error).strip() or type(error).__name__
     if isinstance(error, np.linalg.LinAlgError):
-        return f"the header has no valid affine ({text}): repair sform, qform and pixdim, or convert the file anew"
+        return f"the header has no valid affine ({text}): repair sform, qform and pixdim, or convert the file again"
     if isinstance(error, BARE) and type(error).__module__ == "builtins":
         kind = type(error).__name__
         return f"it is not of a kind that can be processed ({kind}: {text}): look at its shape and type, or convert it"

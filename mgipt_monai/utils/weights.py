@@ -111,7 +111,7 @@ def _check_fingerprint(path: str | os.PathLike[str]) -> None:
     if wanted[0] != own:
         raise ValueError(
             f"the weights {path} are not those of {beside} (SHA-256 {own[:12]}..., wanted {wanted[0][:12]}...): copy "
-            "them again, or write that file anew if they were meant to change"
+            "them again, or rewrite that file if they were meant to change"
         )
     logger.info("weights %s: SHA-256 %s, as in %s", path, own, os.path.basename(beside))
 
