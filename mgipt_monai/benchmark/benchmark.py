@@ -79,7 +79,7 @@ class Benchmark:
             raise ValueError(f"there is no method {', '.join(unknown)}: choose from {', '.join(methods)}")
         self.methods = {name: methods[name] for name in compare or methods}
         self.evaluator, self.folder, self.resume = evaluator, OutputFolder(output_dir), resume
-        self.settings = {"seed": 0, "reset_at_site": False, **(settings or {})}
+        self.settings = {"seed": 0, "order": "sites", "rounds": 1, "reset_at_site": False, **(settings or {})}
         self.identifiers = check_identifiers(identifiers)
 
     def run(self) -> dict[str, Any]:

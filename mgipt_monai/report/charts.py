@@ -196,7 +196,7 @@ def blocks_of(rows: Iterable[Mapping[str, Any]]) -> list[Block]:
         >>> blocks_of([{"site": site, "round": 1} for site in "ABA"])
         [Block(start=0, stop=3, site='', round=1)]
     """
-    visits = [(row["round"], row["site"]) for row in rows]
+    visits = [(row.get("round", 1), row["site"]) for row in rows]
     runs = [visit for visit, _ in groupby(visits)]
     if len(runs) > len(set(runs)):
         visits = [(round_, "") for round_, _ in visits]

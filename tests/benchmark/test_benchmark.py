@@ -148,3 +148,19 @@ def test_unknown_methods_are_refused() -> None:
         Benchmark(partial(dict), {"source": method, "mine": method}, "results", compare=["source", "other"])
     with pytest.raises(ValueError, match="methods is empty"):
         Benchmark(partial(dict), {}, "results")
+
+
+def test_a_stream_without_rounds_or_order_is_reported_too(sites: Path, tmp_path: Path) -> None:
+    # as from Python: images as they are found, no settings given
+    from_config = benchmark(sites, tmp_path, compare=["source"], limit=1)
+    data = from_config.evaluator().data_loader.dataset.data
+    plain = [{key: value for key, value in item.items() if key != "round"} for item in data]
+
+    def evaluator(**changed: Any) -> Any:
+        made = from_config.evaluator(**changed)
+        made.data_loader.dataset.data = plain
+        return made
+
+    methods = {"source": from_config.methods["source"]}
+    Benchmark(evaluator, methods, tmp_path / "plain").run()
+    assert "sites" in (tmp_path / "plain" / "report.html").read_text()
