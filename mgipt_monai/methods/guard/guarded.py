@@ -7,19 +7,18 @@ import math
 from typing import Any
 
 import torch
-from monai.inferers import Inferer
-from torch import Tensor, nn
+from torch import Tensor
 
 from mgipt_monai.methods.base import AdaptationMethod, Prediction, plain_settings
 from mgipt_monai.methods.guard.guard import Guard, area_change
-from mgipt_monai.networks.alignment import AlignedNorms
+from mgipt_monai.methods.wrapped import WrappedMethod
 from mgipt_monai.networks.ensemble import disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, binarize, consistency_score
 
 __all__ = ["Guarded"]
 
 
-class Guarded(AdaptationMethod):
+class Guarded(WrappedMethod):
     """A method with a guard that can reject its predictions and undo its learning.
 
     Each image is also predicted without adaptation, with the network's own normalisation and through the same windows,
@@ -49,19 +48,12 @@ class Guarded(AdaptationMethod):
         True
     """
 
-    _network_key = "method.network"
-
     def __init__(self, method: AdaptationMethod, guard: Guard | None = None, head: Head | None = None) -> None:
-        if not isinstance(method, AdaptationMethod) or isinstance(method, Guarded):
+        if isinstance(method, WrappedMethod):
             found = type(method).__name__
             raise TypeError(f"method must be an adaptation method without a guard, such as MGIPT(network); got {found}")
-        # network, route and image count belong to the wrapped method
-        nn.Module.__init__(self)
-        self.method = method
+        super().__init__(method)
         self.guard = Guard() if guard is None else guard
-        self.last = []
-        self.uncertainty = None
-        self._rollback = None
         self._head: Head = getattr(method, "head", "sigmoid") if head is None else head
         self.source_norms()
         method.reserve(1)
@@ -124,9 +116,8 @@ class Guarded(AdaptationMethod):
 
     def reset(self) -> None:
         """Forget the stream, including the guard's memory."""
-        self.method.reset()
+        super().reset()
         self.guard.reset(self.method._state())
-        self.last, self.uncertainty = [], None
 
     def _state(self) -> dict[str, Any]:
         return {**self.method._state(), "guard": self.guard.adaptation_state()}
@@ -136,61 +127,6 @@ class Guarded(AdaptationMethod):
         lasting.check_adaptation_state(state)
         self.guard.load_adaptation_state(state["guard"], lasting)
         self.method._load_state(state)
-
-    def _state_record(self) -> dict[str, Any]:
-        return self.method._state_record()
-
-    def bind(self, network: nn.Module) -> None:
-        """Switch to ``network``, see :class:`AdaptationMethod`."""
-        self.method.bind(network)
-
-    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
-        """Run the network through an inferer from now on, see :class:`AdaptationMethod`."""
-        self.method.predict_through(inferer, windows)
-
-    def prompt_maps(self) -> dict[str, Tensor]:
-        """Return the wrapped method's prompts."""
-        return self.method.prompt_maps()
-
-    def source_norms(self) -> AlignedNorms:
-        """Return the norm layers that measure how far an image is from the source."""
-        return self.method.source_norms()
-
-    @property
-    def name(self) -> str:
-        """The wrapped method's name; the guard is part of the settings."""
-        return self.method.name
-
-    @property
-    def images_seen(self) -> int:
-        """Number of images adapted to since the start of the stream."""
-        return self.method.images_seen
-
-    @images_seen.setter
-    def images_seen(self, count: int) -> None:
-        self.method.images_seen = count
-
-    @property
-    def takes_windows(self) -> bool:
-        """Whether the wrapped method can predict through a sliding-window inferer."""
-        return self.method.takes_windows
-
-    @property
-    def has_uncertainty(self) -> bool:
-        """Whether the wrapped method predicts several views of an image."""
-        return self.method.has_uncertainty
-
-    @property
-    def averaged(self) -> tuple[str, ...]:
-        """Names of the tensors in the wrapped method's state that may be averaged over streams."""
-        return self.method.averaged
-
-    def __getattr__(self, name: str) -> Any:
-        # exposes the wrapped method's parts and settings
-        modules = self.__dict__.get("_modules", {})
-        if name in modules or "method" not in modules or name.startswith("__"):
-            return super().__getattr__(name)
-        return getattr(modules["method"], name)
 
 
 class _Lasting:

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Correctors: what fits a :class:`Correction` to a few labelled images, towards no correction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from monai.losses import DiceLoss
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mgipt_monai.networks.correction import Correction, NormShift, ShiftedNorm, input_statistics, is_shifted
+from mgipt_monai.networks.prompts.early_stop import Head
+
+__all__ = ["OFFSETS", "fit_norms", "fit_offset", "fit_prompts", "fit_temperature", "offset_curves"]
+
+OFFSETS = np.linspace(-8, 8, 129)
+"""Offsets that are tried, in logits."""
+OFFSET_CALM = 0.00375
+"""Mean Dice that one logit of offset must bring."""
+TEMPERATURES = np.geomspace(0.2, 5, 41)
+PROMPT_SIDES = (1, 3, 5)
+STEPS, RATE, CALM = 30, 0.1, 0.02
+"""Adam's steps, learning rate and weight of the squared distance from no correction, for norms and prompts."""
+
+
+def offset_curves(logits: Tensor, label: Tensor, head: Head = "sigmoid") -> np.ndarray:
+    """Return the Dice of each class at each of the :data:`OFFSETS` of its logit, the other classes' being 0.
+
+    Args:
+        logits: (1, K, \\*spatial).
+        label: 0 and 1, (1, classes, \\*spatial).
+        head: how logits become masks.
+
+    Returns:
+        (classes, offsets); NaN for a class that the label lacks.
+    """
+    margins = logits[0]
+    if head == "softmax":
+        # of each class over the best other one
+        first, second = margins.topk(2, dim=0).values
+        margins = torch.where(margins == first, margins - second, margins - first)[1:]
+    curves = np.full((len(margins), len(OFFSETS)), np.nan)
+    for curve, margin, mask in zip(curves, margins, label[0] > 0, strict=True):
+        size = int(mask.sum())
+        if size:
+            # at an offset, the voxels above its negative are predicted
+            predicted, right = (
+                len(values) - np.searchsorted(np.sort(values), -OFFSETS, side="right")
+                for values in (margin.flatten().cpu().numpy(), margin[mask].cpu().numpy())
+            )
+            curve[:] = 2 * right / (predicted + size)
+    return curves
+
+
+def fit_offset(curves: Sequence[np.ndarray], head: Head = "sigmoid") -> Correction:
+    """Fit an offset for each class, which maximises its mean Dice; the background of a softmax head has none.
+
+    Args:
+        curves: of each image, from :func:`offset_curves`.
+        head: how logits become masks.
+    """
+    stacked = np.stack(curves)
+    known = ~np.isnan(stacked).all(axis=(0, 2))
+    means = np.zeros(stacked.shape[1:])
+    means[known] = np.nanmean(stacked[:, known], axis=0)
+    best = OFFSETS[(means - OFFSET_CALM * np.abs(OFFSETS)).argmax(axis=1)]
+    background = [0.0] * (head == "softmax")
+    return Correction(offset=torch.tensor([*background, *best], dtype=torch.float32))
+
+
+def fit_temperature(logits: Sequence[Tensor], labels: Sequence[Tensor], head: Head = "sigmoid") -> float:
+    """Fit the temperature that makes the probabilities of the labels most likely; it changes no mask.
+
+    Args:
+        logits: (1, K, \\*spatial) each, with their offset.
+        labels: (1, classes, \\*spatial) each.
+        head: how logits become probabilities.
+    """
+
+    def surprise(temperature: float) -> float:
+        total = 0.0
+        for each, label in zip(logits, labels, strict=True):
+            if head == "sigmoid":
+                total += functional.binary_cross_entropy_with_logits(each / temperature, label).item()
+            else:
+                total += functional.cross_entropy(each / temperature, with_background(label)).item()
+        return total
+
+    return float(min(TEMPERATURES, key=surprise))
+
+
+def with_background(label: Tensor) -> Tensor:
+    """Return a label (1, classes, \\*spatial) with a channel for the background before the classes."""
+    return torch.cat([1 - label.amax(dim=1, keepdim=True), label], dim=1)
+
+
+@contextmanager
+def _hooked(network: nn.Module, hooks: Mapping[str, Any]) -> Iterator[None]:
+    layers = dict(network.named_modules())
+    handles = [layers[name].register_forward_hook(hook) for name, hook in hooks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _site_statistics(network: nn.Module, images: Sequence[Tensor]) -> dict[str, NormShift]:
+    """Measure the statistics of the site's images at each norm layer; nothing is shifted yet."""
+    sums: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def measuring(name: str) -> Any:
+        def measure(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if inputs[0].ndim > 2:
+                mean, std = input_statistics(layer, inputs[0])
+                sums.setdefault(name, []).append((mean.mean(dim=0), std.log().mean(dim=0)))
+
+        return measure
+
+    hooks = {name: measuring(name) for name, layer in network.named_modules() if is_shifted(layer)}
+    with _hooked(network, hooks):
+        for image in images:
+            network(image)
+    return {
+        name: NormShift(
+            torch.zeros(2),
+            torch.stack([mean for mean, _ in seen]).mean(dim=0),
+            torch.stack([log_std for _, log_std in seen]).mean(dim=0).exp(),
+        )
+        for name, seen in sums.items()
+    }
+
+
+def fit_norms(
+    network: nn.Module, images: Sequence[Tensor], labels: Sequence[Tensor], head: Head = "sigmoid", steps: int = STEPS
+) -> Correction:
+    """Fit two shares for each norm layer, of the site's mean and deviation, and an offset for each output channel.
+
+    Adam minimises the mean soft Dice loss of the images, one image a step in turn, plus the squared shares.
+
+    Args:
+        network: the frozen network, in evaluation mode.
+        images: (1, C, \\*spatial) each.
+        labels: (1, K, \\*spatial) each, with the channels of :func:`binarize`.
+        head: how logits become masks.
+        steps: of Adam; each takes a forward and a backward.
+
+    Returns:
+        The correction, without an offset: that is fitted afterwards, to the masks.
+    """
+    shifts = _site_statistics(network, images)
+    if not shifts:
+        return Correction()
+    shares = {name: torch.zeros(2, requires_grad=True, device=images[0].device) for name in shifts}
+    moving = {name: replace(shift, share=shares[name]) for name, shift in shifts.items()}
+    with _hooked(network, {name: ShiftedNorm(shift) for name, shift in moving.items()}):
+        _descend(list(shares.values()), network, images, labels, head, steps)
+    return Correction(norms={name: replace(shift, share=shares[name].detach()) for name, shift in shifts.items()})
+
+
+def fit_prompts(
+    network: nn.Module,
+    images: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    head: Head = "sigmoid",
+    steps: int = STEPS,
+    sides: Sequence[int] = PROMPT_SIDES,
+) -> Correction:
+    """Fit multi-scale site prompts, which act together, as :func:`fit_norms` fits shares."""
+    channels, dims = images[0].shape[1], images[0].ndim - 2
+    sides = [side for side in sides if side <= min(min(image.shape[2:]) for image in images)]
+    changes = [
+        torch.zeros(1, channels, *[side] * dims, requires_grad=True, device=images[0].device) for side in sides
+    ]
+
+    def run(image: Tensor) -> Tensor:
+        return network(Correction(prompts=tuple(change + 1 for change in changes)).to_image(image))
+
+    _descend(changes, run, images, labels, head, steps)
+    return Correction(prompts=tuple((change + 1).detach() for change in changes))
+
+
+def _descend(
+    parameters: list[Tensor],
+    run: Any,
+    images: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    head: Head,
+    steps: int,
+) -> None:
+    softmax = head == "softmax"
+    loss = DiceLoss(sigmoid=not softmax, softmax=softmax, include_background=not softmax, batch=False)
+    channels = labels[0].shape[1] + softmax
+    offset = torch.zeros(channels, requires_grad=True, device=images[0].device)
+    optimizer = torch.optim.Adam([*parameters, offset], lr=RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    with torch.enable_grad():
+        for step in range(steps):
+            image, label = images[step % len(images)], labels[step % len(images)]
+            if softmax:
+                label = with_background(label)
+            logits = Correction(offset=offset).to_logits(run(image))
+            distance = torch.stack([parameter.square().sum() for parameter in parameters]).sum()
+            optimizer.zero_grad()
+            (loss(logits, label) + CALM * distance / len(parameters)).backward()
+            optimizer.step()
+            schedule.step()
