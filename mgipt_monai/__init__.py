@@ -10,8 +10,9 @@ from mgipt_monai.stream.summary import StreamSummary
 from mgipt_monai.utils.files import load_state, save_state
 from mgipt_monai.utils.weights import load_encoder_weights, load_source_weights
 
-from . import _renamed, data, handlers, methods, networks
+from . import _renamed, commissioning, data, handlers, methods, networks
 from .benchmark import Benchmark
+from .commissioning import commission
 from .data import find_stream, order_stream
 from .engines import AdaptationEvents, MachineFailureError, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import SourceStatisticsHandler, TestTimeAdaptationHandler
@@ -55,6 +56,8 @@ __all__ = [
     "StreamingAdaptationEvaluator",
     "Tent",
     "TestTimeAdaptationHandler",
+    "commission",
+    "commissioning",
     "data",
     "find_stream",
     "handlers",

@@ -86,6 +86,19 @@ BUNDLE_COMMANDS = {
         method=False,
         resumes="",
     ),
+    "commission": BundleCommand(
+        "find out on five to twenty labelled images of a site what helps there, and prove it",
+        {
+            "dataset_dir": ("LABELLED", "folder with images and masks, or a list (JSON, CSV) of both"),
+            "output_dir": ("SITE", "folder to write site.yaml, site.pt and the report to"),
+        },
+        ["inference", "evaluate", "commission"],
+        "mgipt commission labelled site --weights network.pt && mgipt predict images masks --weights network.pt "
+        "--config site/site.yaml",
+        extra="commission",
+        method=False,
+        resumes="",
+    ),
     "train": BundleCommand(
         "train a source network on sites with masks",
         {"dataset_dir": SITES, "output_dir": ("FOLDER", "folder to write model.pt to")},
@@ -168,6 +181,11 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
     own += ["--weights", "--ckpt_path"] * command.weights + ["--preset"] * command.method
     rest, written = split_settings(arguments, own)
     options = vars(parser.parse_args(rest))
+    for key in command.folders:  # they may also be given by their keys
+        if options[key] is None:
+            options[key] = written.pop(key, None)
+    if absent_words := [word for key, (word, _) in command.folders.items() if options[key] is None]:
+        parser.error(f"the following arguments are required: {', '.join(absent_words)}")
     if command.extra:
         require(command.extra)
     overlays = [find_config(config) for config in options.pop("config")]
@@ -218,7 +236,7 @@ def _bundle_parser(name: str, command: BundleCommand) -> argparse.ArgumentParser
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for key, (word, what) in command.folders.items():
-        parser.add_argument(key, metavar=word, help=what)
+        parser.add_argument(key, metavar=word, nargs="?", help=what)
     if command.weights:
         parser.add_argument(
             "--weights", "--ckpt_path", dest="ckpt_path", metavar="FILE", help="source network's weights"

@@ -23,6 +23,7 @@ FILES = {
 
 EXTRAS = {
     "benchmark": {"matplotlib": "matplotlib", "jinja2": "jinja2", "scipy": "scipy", "py_sod_metrics": "pysodmetrics"},
+    "commission": {"matplotlib": "matplotlib", "jinja2": "jinja2", "scipy": "scipy"},
     "demo": {"matplotlib": "matplotlib"},
 }
 """Extra to its modules, and the packages that they are from."""

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -11,12 +13,13 @@ from monai.utils import optional_import
 
 stats, _ = optional_import("scipy.stats", descriptor="{}: pip install mgipt_monai[commission]")
 
-__all__ = ["Bound", "betting_bound", "harm_bound", "images_needed", "lower_bound", "student_bound"]
+__all__ = ["Bound", "Choice", "betting_bound", "choose", "harm_bound", "images_needed", "lower_bound", "student_bound"]
 
 Bound = Literal["student", "betting"]
 """``student``: assumes roughly normal differences; ``betting``: only that they are bounded."""
 
 MEANS, LARGEST_BET = np.linspace(0, 1, 1001), 0.95
+ALL_FLIPS = 11
 
 
 def lower_bound(differences: np.ndarray, confidence: float, bound: Bound = "student") -> float:
@@ -59,7 +62,7 @@ def betting_bound(differences: np.ndarray, confidence: float) -> float:
 
     A gambler bets that the mean is larger than m. Its capital is a supermartingale if it is not, so that it reaches
     ``1 / (1 - confidence)`` with a probability of at most ``1 - confidence``; the bound is the largest m at which it
-    does. The bets use only earlier differences. It takes about 35 images to certify a steady gain of seven points.
+    does. The bets use only earlier differences. It takes about 45 images to certify a steady gain of seven points.
 
     Source: Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting (JRSS B 2024), Section 4.
     """
@@ -110,3 +113,71 @@ def images_needed(differences: np.ndarray, confidence: float, most: int = 1000) 
         if mean > stats.t.ppf(confidence, total - 1) * spread / math.sqrt(total):
             return total - count
     return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A candidate that was chosen by its gains, and what can be said of its gain nevertheless.
+
+    Attributes:
+        best: index of the candidate.
+        lower: lower bound on its mean gain that holds for whichever candidate is chosen.
+        expected: mean gain that choosing like this brings, by choosing once for each group without it.
+    """
+
+    best: int
+    lower: float
+    expected: float
+
+
+def choose(gains: np.ndarray, confidence: float, bound: Bound = "student") -> Choice:
+    """Choose the candidate with the largest lower bound on its gain, and bound its gain in view of the choice.
+
+    The best of many candidates looks better than it is. So the bound holds for all candidates at once: Student's
+    quantile is replaced by that of the largest t value of all candidates when the signs of the groups' deviations from
+    the candidate's mean are flipped at random (all flips for up to 11 groups). It takes into account that the
+    candidates' gains are alike, for which a division of the error among them would pay dearly. ``betting`` divides it.
+
+    Source: max-t with a Rademacher multiplier bootstrap (Romano and Wolf, Econometrica 2005; Chernozhukov et al.,
+    Annals of Statistics 2013).
+
+    Args:
+        gains: of each candidate on each group of images, (candidates, groups).
+        confidence: of the bound, in (0, 1).
+        bound: which one.
+
+    Example:
+        >>> noise = np.random.default_rng(0).normal(0, 0.02, (30, 10))
+        >>> choice = choose(noise, 0.9)
+        >>> lower_bound(noise[choice.best], 0.9) > 0, choice.lower > 0  # the best of thirty that do nothing
+        (True, False)
+    """
+    count = gains.shape[1]
+    best = _best(gains, confidence)
+    if bound == "betting":
+        lower = lower_bound(gains[best], 1 - (1 - confidence) / len(gains), bound)
+    else:
+        quantile = max(_largest_t(gains, confidence), stats.t.ppf(confidence, count - 1))
+        lower = float(gains[best].mean() - quantile * gains[best].std(ddof=1) / math.sqrt(count))
+    others = ~np.eye(count, dtype=bool)
+    picks = [_best(gains[:, keep], confidence) for keep in others]
+    return Choice(best, lower, float(np.mean([gains[pick, group] for group, pick in enumerate(picks)])))
+
+
+def _best(gains: np.ndarray, confidence: float) -> int:
+    # Student's bound whichever is certified: it also ranks candidates of which none can be certified
+    return int(np.argmax([student_bound(row, confidence) for row in gains]))
+
+
+def _largest_t(gains: np.ndarray, confidence: float) -> float:
+    """Return the quantile of the candidates' largest t value under flips of sign."""
+    count = gains.shape[1]
+    if count <= ALL_FLIPS:
+        signs = np.array(list(itertools.product((-1.0, 1.0), repeat=count)))
+    else:
+        signs = np.random.default_rng(0).choice((-1.0, 1.0), (2**ALL_FLIPS, count))
+    deviations = gains - gains.mean(axis=1, keepdims=True)
+    means = signs @ deviations.T / count
+    variances = (np.square(deviations).sum(axis=1) - count * np.square(means)) / (count - 1)
+    largest = (means / np.sqrt(np.maximum(variances, 1e-18) / count)).max(axis=1)
+    return float(np.quantile(largest, confidence, method="higher"))

@@ -176,9 +176,7 @@ def fit_prompts(
     """Fit multi-scale site prompts, which act together, as :func:`fit_norms` fits shares."""
     channels, dims = images[0].shape[1], images[0].ndim - 2
     sides = [side for side in sides if side <= min(min(image.shape[2:]) for image in images)]
-    changes = [
-        torch.zeros(1, channels, *[side] * dims, requires_grad=True, device=images[0].device) for side in sides
-    ]
+    changes = [torch.zeros(1, channels, *[side] * dims, requires_grad=True, device=images[0].device) for side in sides]
 
     def run(image: Tensor) -> Tensor:
         return network(Correction(prompts=tuple(change + 1 for change in changes)).to_image(image))

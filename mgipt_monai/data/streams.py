@@ -149,7 +149,7 @@ def read_json(path: str, key: str) -> list[dict[str, Any]]:
         raise ValueError(f'{path} is not a datalist {{"{key}": [{{"image": ...}}, ...]}}: {text}') from error
     for item, entry in zip(items, content[key], strict=True):
         # MONAI turns any value that exists as a path in the folder of the list into a path, such as the name of a site
-        item |= {key: entry[key] for key in ("site", "name") if isinstance(entry, dict) and key in entry}
+        item |= {key: entry[key] for key in ("site", "name", "group") if isinstance(entry, dict) and key in entry}
     return items
 
 
@@ -165,7 +165,7 @@ def _check_entry(number: int, entry: Any) -> None:
         paths = ensure_tuple(entry[key]) if key in entry else ("",)
         if not paths or not all(isinstance(path, str) and "\0" not in path for path in paths):
             raise ValueError(f"entry {number} has {key} {_shown(entry[key])}: write the path of a file as a text")
-    for key in ("site", "name"):
+    for key in ("site", "name", "group"):
         if key in entry and not isinstance(entry[key], str):
             raise ValueError(f"entry {number} has {key} {_shown(entry[key])}: write it as a text, or leave it out")
     rounds = entry.get("round", 1)
@@ -182,8 +182,8 @@ def _shown(value: Any) -> str:
 def read_csv(path: str) -> list[dict[str, str]]:
     """Read a CSV table with a header and one image per line.
 
-    Columns are ``image`` and optionally ``label`` (or ``mask``), ``site`` and ``name``; other columns and empty cells
-    are ignored. Relative paths are relative to the file's folder.
+    Columns are ``image`` and optionally ``label`` (or ``mask``), ``site``, ``name`` and ``group`` (the patient); other
+    columns and empty cells are ignored. Relative paths are relative to the file's folder.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -209,5 +209,5 @@ def _read_csv(path: str) -> list[dict[str, str]]:
                 raise ValueError(f"{path} has no image in line {table.line_num}")
             paths = {"image": row["image"], "label": row.get("label") or row.get("mask")}
             item = {key: os.path.normpath(os.path.join(os.path.dirname(path), p)) for key, p in paths.items() if p}
-            items.append(item | {key: row[key] for key in ("site", "name") if row.get(key)})
+            items.append(item | {key: row[key] for key in ("site", "name", "group") if row.get(key)})
     return items

@@ -7,6 +7,8 @@ from mgipt_monai._renamed import renamed_names
 
 from .base import AdaptationMethod
 from .bn import BatchNormAdaptation
+from .commissioned import Commissioned, SiteSetting
+from .drift_monitor import DriftMonitor
 from .guard import Guard, Guarded, Verdict
 from .mgipt import MGIPT
 from .site_correction import SiteCorrection
@@ -21,10 +23,13 @@ __all__ = [
     "AdaptationMethod",
     "BatchNormAdaptation",
     "CoTTA",
+    "Commissioned",
+    "DriftMonitor",
     "GraTa",
     "Guard",
     "Guarded",
     "SiteCorrection",
+    "SiteSetting",
     "Source",
     "Tent",
     "Verdict",

@@ -71,7 +71,9 @@ class SiteSetting:
                 check_keys(key, content[key], set())
             correction = Correction.from_state(content["correction"])
         except (KeyError, ValueError) as error:
-            raise ValueError(f"{path} is not a site's setting ({error}): write it again with mgipt commission") from error
+            raise ValueError(
+                f"{path} is not a site's setting ({error}): write it again with mgipt commission"
+            ) from error
         kept = {key: content[key] for key in ("fingerprint", "method", "start", "reference")}
         return cls(**kept, correction=correction)
 
@@ -133,7 +135,7 @@ class Commissioned(WrappedMethod):
         self._learnt()
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> nn.Module:  # type: ignore[override]
         """The network as it came, without the correction."""
         return self._plain[0]
 

@@ -7,7 +7,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,7 @@ class Correction:
             if layer is None or not is_shifted(layer) or _channels(layer) != len(shift.mean):
                 raise ValueError(f"the network has no norm layer {name} with {len(shift.mean)} channels to correct")
             if has_stored_statistics(layer):
-                eps: float = layer.eps  # type: ignore[assignment]
+                eps: float = layer.eps
                 mean, variance = stored_statistics(layer)
                 new_mean, new_std = shift.between(mean, (variance + eps).sqrt())
                 mean.copy_(new_mean)
@@ -192,6 +192,7 @@ class ShiftedNorm:
         self.shift = shift
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """Return what replaces the layer's output."""
         x = inputs[0]
         if has_stored_statistics(layer):
             stored_mean, variance = stored_statistics(layer)
@@ -202,7 +203,8 @@ class ShiftedNorm:
         if isinstance(layer, nn.GroupNorm):
             width = x.shape[1] // layer.num_groups
             mean, std = mean.repeat_interleave(width, dim=1), std.repeat_interleave(width, dim=1)
-        scale = std.reciprocal() if layer.weight is None else layer.weight / std
-        offset = -mean * scale if layer.bias is None else layer.bias - mean * scale
+        weight, bias = cast("tuple[Tensor | None, Tensor | None]", (layer.weight, layer.bias))
+        scale = std.reciprocal() if weight is None else weight / std
+        offset = -mean * scale if bias is None else bias - mean * scale
         shape = (*scale.shape, *[1] * (x.ndim - 2))
         return x * scale.view(shape) + offset.view(shape)
