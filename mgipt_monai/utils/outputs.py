@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from mgipt_monai.utils.files import atomic_path, clear_parts, load_state
+from mgipt_monai.utils.machine import MachineFailureError
 
-__all__ = ["MANIFEST", "OutputFolder", "check_apart", "check_output_name", "normal_name", "output_file"]
+__all__ = [
+    "MANIFEST",
+    "OutputFolder",
+    "WatchedFolders",
+    "check_apart",
+    "check_output_name",
+    "normal_name",
+    "output_file",
+]
 
 MANIFEST = ".mgipt_written"
 """File in an output folder that lists what runs wrote there."""
@@ -187,6 +196,40 @@ def output_file(path: str | os.PathLike[str]) -> tuple[OutputFolder, str]:
     folder = OutputFolder(whole.parent)
     folder.claim(whole.name)
     return folder, whole.name
+
+
+class WatchedFolders:
+    """Folders that must stay the same ones.
+
+    Args:
+        files: files in these folders; a folder is created if there is none.
+    """
+
+    def __init__(self, files: Iterable[Path] = ()) -> None:
+        self._descriptors: dict[Path, int] = {}
+        for folder in dict.fromkeys(file.parent for file in files):
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # a folder cannot be opened on every system
+                # held open, so that the system gives its number to no other folder
+                self._descriptors[folder] = os.open(folder, os.O_RDONLY)
+
+    def check(self) -> None:
+        """Raise MachineFailureError if a folder was removed, moved or replaced."""
+        for folder, descriptor in self._descriptors.items():
+            found = False
+            with suppress(OSError):
+                found = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+            if not found:
+                raise MachineFailureError(
+                    f"the folder {folder} was removed or replaced during the run, with all that was written there: put "
+                    "it back and resume, or start again"
+                )
+
+    def close(self) -> None:
+        """Watch no more."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
 
 
 def check_output_name(name: Any, ending: str = "") -> None:

@@ -33,7 +33,7 @@ from tests.attack.faults import DIED, Step, build, exit_at_line, in_child, items
 from tests.bundle.conftest import BUNDLE, CONFIGS, ONE_THREAD, QUICK, ROOT, run_bundle
 from tests.conftest import same_state, stream, tiny_network, without_times
 
-OWN = ("adaptation.py", "resuming.py", "records.py", "state_file.py", "attempts.py", "files.py", "inferers.py")
+OWN = ("adaptation.py", "progress.py", "images.py", "records.py", "state_file.py", "files.py", "inferers.py")
 
 
 def run(folder: Path, data: list[dict], ahead: bool = False, **settings) -> MGIPT:
