@@ -117,7 +117,8 @@ def wrap_run(engine: Engine, around: Callable[[], AbstractContextManager[None]])
 DEEPEST, LARGEST = 8, 1000
 PLACES = ("dir", "path", "folder", "root")
 """Ends of the names of attributes that say where files are, which may change between two runs."""
-CHANGING = {"_do_transform", "_lazy", "_tracing", "method"}
+CHANGING = {"_do_transform", "_lazy", "_tracing", "filenames", "method"}
+"""Attributes that change while a pipeline runs: a reader keeps the names of the files that it read last."""
 
 
 def describe(**parts: Any) -> dict[str, Any]:

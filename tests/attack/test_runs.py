@@ -16,15 +16,17 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.transforms import Compose, Lambdad, Resized, ScaleIntensityd
+from monai.transforms import Compose, Lambdad, LoadImaged, Resized, ScaleIntensityd
 from PIL import Image
 
 from mgipt_monai import MGIPT, PersistentInferer, RecordFile, StreamFailedError, load_state
+from mgipt_monai.data.dataset import PhotographReader
 from mgipt_monai.engines import MachineFailureError
 from mgipt_monai.handlers import WorkAheadHandler
 from mgipt_monai.stream import command
@@ -233,6 +235,117 @@ def test_while_loading_only_what_concerns_the_file_is_the_images_failure(
     with pytest.raises(MachineFailureError if stops else StreamFailedError):
         evaluator.run()
     assert [row["status"] for row in rows(tmp_path)] == (["ok"] if stops else ["ok", "failed", "ok"])
+
+
+class BadDisk:
+    """Opens files as ``open`` does, but some give an I/O error behind their first bytes, as a bad sector does.
+
+    Args:
+        monkeypatch: takes the place of ``open``.
+        bad: names of the files, and how often reading them fails.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad: dict[str, int]) -> None:
+        self.left, self.open = bad, open
+        monkeypatch.setattr("builtins.open", self)
+
+    def __call__(self, path: object, *args: object, **kwargs: object) -> IO:
+        file = self.open(path, *args, **kwargs)
+        name = Path(path).name if isinstance(path, (str, os.PathLike)) else ""
+        return _BadFile(file, self, name) if name in self.left else file
+
+
+class _BadFile(io.BufferedIOBase):
+    def __init__(self, file: IO, disk: BadDisk, name: str) -> None:
+        self.file, self.disk, self.name = file, disk, name
+
+    def read(self, size: int = -1) -> bytes:
+        if self.disk.left[self.name] > 0 and (size < 0 or self.file.tell() + size > 600):
+            self.disk.left[self.name] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return self.file.read(size)
+
+    def seek(self, *place: int) -> int:
+        return self.file.seek(*place)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def photographs(folder: Path, count: int) -> list[dict]:
+    """Items of photographs of noise, each larger than what is read of a header."""
+    folder.mkdir()
+    found = []
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+        found.append({"image": str(folder / f"{number}.png"), "name": f"{number}", "site": "A"})
+    return found
+
+
+READ = Compose([LoadImaged("image", PhotographReader, ensure_channel_first=True), ScaleIntensityd("image")])
+FOR_EVER = 10**6
+
+
+def test_one_bad_sector_fails_its_image_alone_which_may_be_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = photographs(tmp_path / "in", 4)
+    with monkeypatch.context() as patch:
+        BadDisk(patch, {"1.png": FOR_EVER})
+        run(tmp_path / "out", data, transform=READ)
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["ok", "failed", "ok", "ok"]
+    assert rows(tmp_path / "out")[1]["kind"] == "unreadable"
+    assert "1.png: gives an I/O error where it is read" in rows(tmp_path / "out")[1]["reason"]
+    run(tmp_path / "out", data, transform=READ, resume=True, retry_failed=True)
+    assert [(row["name"], row["status"]) for row in rows(tmp_path / "out")] == [(name, "ok") for name in "0231"]
+    run(tmp_path / "whole", [data[index] for index in (0, 2, 3, 1)], transform=READ)
+    ends = [rows(tmp_path / name) for name in ("out", "whole")]
+    assert [row["loss_after"] for row in ends[0]] == [row["loss_after"] for row in ends[1]]
+
+
+def test_io_error_that_goes_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = photographs(tmp_path / "in", 3)
+    run(tmp_path / "whole", data, transform=READ)
+    # once where the pixels are read, which MONAI hides in an error of its own, and once where that is looked into
+    BadDisk(monkeypatch, {"1.png": 2})
+    run(tmp_path / "out", data, transform=READ)
+    assert_same_end(tmp_path / "out", tmp_path / "whole")
+
+
+def test_three_unreadable_images_in_a_row_stop_the_stream_and_two_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = photographs(tmp_path / "in", 8)
+    bad = ["1.png", "2.png", "4.png", "5.png", "6.png", "7.png"]
+    with monkeypatch.context() as patch:
+        BadDisk(patch, dict.fromkeys(bad, FOR_EVER))
+        _, evaluator = build(tmp_path / "out", data, transform=READ)
+        with pytest.raises(MachineFailureError, match=r"at 6: 3 images in a row give I/O errors: is the disk"):
+            evaluator.run()
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["ok", "failed", "failed", "ok", "failed", "failed"]
+    run(tmp_path / "out", data, transform=READ, resume=True, retry_failed=True)
+    assert [row["name"] for row in rows(tmp_path / "out")] == list("03671245")
+    assert {row["status"] for row in rows(tmp_path / "out")} == {"ok"}
+
+
+def test_io_error_of_another_file_than_the_image_stops_the_stream(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error", str(tmp_path / "cache" / "1.pt"))
+
+    _, evaluator = build(tmp_path / "out", photographs(tmp_path / "in", 3), Compose([READ, DyingAt("1", fail)]))
+    with pytest.raises(MachineFailureError, match=r"at 1: Input/output error: .*1\.pt"):
+        evaluator.run()
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["ok"]
 
 
 def test_image_for_which_there_is_never_enough_memory_is_passed_over(tmp_path: Path) -> None:
