@@ -508,7 +508,9 @@ def _kill_everywhere(tmp_path: Path, every: int, before: Callable[[Path], None],
 
 
 @pytest.mark.parametrize("every", [31, pytest.param(5, marks=pytest.mark.slow)])
-def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(tmp_path: Path, every: int) -> None:
+def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(
+    tmp_path: Path, every: int, record_property: Callable[[str, int], None]
+) -> None:
     data = items(5, sites="AB")
     kills = _kill_everywhere(
         tmp_path,
@@ -516,11 +518,14 @@ def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(tmp_path: Path, e
         lambda folder: run(folder, data[:2]),
         lambda folder: run(folder, data, resume=True, snapshot_every=2),
     )
+    record_property("kills", kills)  # for the results page: --junitxml
     assert kills * every > 300
 
 
 @pytest.mark.parametrize("every", [17, pytest.param(4, marks=pytest.mark.slow)])
-def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(tmp_path: Path, every: int) -> None:
+def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(
+    tmp_path: Path, every: int, record_property: Callable[[str, int], None]
+) -> None:
     data = items(4)
     broken = [{**item, "pixels": torch.full((3, 24, 24), torch.nan)} if item["name"] in "02" else item for item in data]
     kills = _kill_everywhere(
@@ -529,13 +534,14 @@ def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(t
         lambda folder: run(folder, broken, snapshot_every=1),
         lambda folder: run(folder, data, resume=True, retry_failed=True, snapshot_every=1),
     )
+    record_property("kills", kills)  # for the results page: --junitxml
     assert kills * every > 150
 
 
 @pytest.mark.parametrize("every", [13, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("done", [0, 2])
 def test_persistent_stream_killed_at_any_line_has_one_record_of_each_image(
-    tmp_path: Path, every: int, done: int
+    tmp_path: Path, every: int, done: int, record_property: Callable[[str, int], None]
 ) -> None:
     images = stream(3)
     small()(images[0])  # loads, before it forks, what each process would load anew
@@ -566,6 +572,7 @@ def test_persistent_stream_killed_at_any_line_has_one_record_of_each_image(
         assert_same_end(folder, whole)
         if status == 0:
             break
+    record_property("kills", kills)  # for the results page: --junitxml
     assert kills * every > 60
 
 
@@ -818,8 +825,11 @@ def test_settings_of_a_state_are_bounded(tmp_path: Path) -> None:
 
 # signals
 
+HEARD = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+"""Under nohup, SIGHUP is none of them."""
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+
+@pytest.mark.parametrize("number", HEARD)
 def test_signal_ends_a_run_as_cleanly_as_ctrl_c(tmp_path: Path, number: int) -> None:
     data = items(5)
     run(tmp_path / "whole", data)
@@ -846,7 +856,7 @@ def test_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", HEARD)
 @pytest.mark.parametrize("command_line", ["mgipt", "monai.bundle"])
 def test_signal_ends_the_commands_with_their_status_and_the_run_goes_on(
     tmp_path: Path, demo_sites: Path, command_line: str, number: int
