@@ -171,12 +171,14 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         files = file_names(batchdata)
         place = {key: _first(batchdata[key]) for key in PLACE if key in batchdata}
         record = {"name": files[0] if files else "", "site": "", **place}
+        # an image that could be read may have a key of this name for something else
+        kind = {KIND: _first(batchdata[KIND])} if FAILURE in batchdata and KIND in batchdata else {}
         stopped: MachineFailureError | None = None
         output: Any = None
         try:
             # a method without an inferer of its own takes its turn by itself
             with network_turn(self.network) if method is None else method.transaction():
-                self._unreadable = self._unreadable + 1 if KIND in batchdata else 0
+                self._unreadable = self._unreadable + 1 if kind else 0
                 if FAILURE in batchdata:
                     _raise_failure(batchdata, self._unreadable)
                 output = super()._iteration(engine, batchdata)
@@ -195,7 +197,6 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             elif self.stop_on_failure:
                 raise
             output = None
-            kind = {KIND: _first(batchdata[KIND])} if KIND in batchdata else {}
             record |= {"status": "failed", "reason": with_file_name(root_cause(error), files), **kind}
         if stopped is not None:
             raise stopped  # not from the error, whose message would be shown in its place

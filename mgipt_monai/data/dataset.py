@@ -50,6 +50,7 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 """Formats of photographs that are read; Pillow starts other programs for some of the rest."""
 
 BEST_COMPRESSION = 1100  # bytes that deflate can make of one, with some to spare
+LONGEST_LOOK = 2**31  # bytes of a file that are read to find an I/O error
 LARGEST_EXTENSIONS = 2**24  # bytes before the data of a NIfTI file
 
 
@@ -371,9 +372,9 @@ def gives_io_error(error: BaseException, item: dict[str, Any]) -> bool:
         if isinstance(one, OSError) and one.errno == errno.EIO:
             return one.filename is None or os.fspath(one.filename) in files
     try:
-        for path in files:
+        for path in filter(os.path.isfile, files):  # a pipe would have to be waited for
             with open(path, "rb") as file:
-                while file.read(1 << 20):
+                while file.tell() < LONGEST_LOOK and file.read(1 << 20):
                     pass
     except (OSError, ValueError) as found:
         return isinstance(found, OSError) and found.errno == errno.EIO

@@ -338,6 +338,21 @@ def test_three_unreadable_images_in_a_row_stop_the_stream_and_two_do_not(
     assert {row["status"] for row in rows(tmp_path / "out")} == {"ok"}
 
 
+def test_images_with_a_key_of_the_same_name_are_not_taken_as_unreadable(tmp_path: Path) -> None:
+    data = [{**item, "kind": "OCT"} for item in photographs(tmp_path / "in", 4)]
+    run(tmp_path / "out", data, transform=READ)
+    assert [(row["status"], "kind" in row) for row in rows(tmp_path / "out")] == [("ok", False)] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_pipe_under_the_name_of_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    data = photographs(tmp_path / "in", 2)
+    (tmp_path / "in" / "0.png").unlink()
+    os.mkfifo(tmp_path / "in" / "0.png")
+    run(tmp_path / "out", data, transform=READ)
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["failed", "ok"]
+
+
 def test_io_error_of_another_file_than_the_image_stops_the_stream(tmp_path: Path) -> None:
     def fail() -> None:
         raise OSError(errno.EIO, "Input/output error", str(tmp_path / "cache" / "1.pt"))
