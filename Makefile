@@ -42,7 +42,7 @@ label-test: $(LABEL_VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN) -m pytest -n 2
 
-# the attack suite in full: kills at every few lines, bombs, damaged files, races (tests/attack)
+# the attack suite in full: kills at every few lines, bombs, damaged files, races, anything in any file (tests/attack)
 attack: $(VENV)/.installed
 	MGIPT_ATTACK=full $(RUN) -m pytest -n 2 tests/attack tests/stream
 

@@ -41,7 +41,7 @@ MODULES = {
     "file_names": "utils.files",
     "fingerprint": "utils.provenance",
     "handlers.source_statistics": "handlers.measure_source",
-    "handlers.stream_position": "handlers.evaluators",
+    "handlers.stream_position": "stream.images",
     "handlers.supervised_evaluator": "handlers.evaluators",
     "image_measures": "metrics",
     "losses": "networks.nets.losses",

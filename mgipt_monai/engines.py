@@ -20,7 +20,7 @@ from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
 from torch import nn
 
-from mgipt_monai.data.dataset import FAILURE, MACHINE, MEMORY, PLACE
+from mgipt_monai.data.dataset import FAILURE, KIND, MACHINE, MEMORY, PLACE
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.metrics import ImageMeasures
 from mgipt_monai.networks.alignment.norms import network_turn
@@ -32,6 +32,9 @@ from mgipt_monai.utils.machine import MachineFailureError, machine_failure, out_
 __all__ = ["AdaptationEvents", "MachineFailureError", "StreamFailedError", "StreamingAdaptationEvaluator"]
 
 logger = logging.getLogger(__name__)
+
+UNREADABLE_IN_A_ROW = 3
+"""Images after one another that cannot be read, at which the disk is taken as gone."""
 
 
 class AdaptationEvents(EventEnum):
@@ -51,9 +54,10 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     A bad image (unreadable, NaN, wrong number of channels, missing mask) is recorded as failed and leaves the
     adaptation state bit-identical. The stream continues, and ``run`` ends with a :class:`StreamFailedError` that names
     the failed images. A failure of the machine (no space, no memory, an I/O error, no permission to write) ends the run
-    with a :class:`MachineFailureError` and is not recorded, so that the stream can be resumed at that image. SIGTERM
-    and SIGHUP end it as Ctrl-C does, with exit status 128 + the signal's number. A progress bar shows the site, the
-    mean DSC so far, the chosen prompt size and images per second.
+    with a :class:`MachineFailureError` and is not recorded, so that the stream can be resumed at that image. An I/O
+    error of an image's own file is that image's failure, of the ``kind`` ``unreadable``; the third one in a row ends
+    the run. SIGTERM and SIGHUP end it as Ctrl-C does, with exit status 128 + the signal's number. A progress bar shows
+    the site, the mean DSC so far, the chosen prompt size and images per second.
 
     After each image ``state.record`` holds its record: ``name``, ``site``, ``round`` if the item has one, ``status``,
     ``seconds``, ``metrics`` if there is a label, and what the method did. After ``run``, ``state.summary`` (a
@@ -113,6 +117,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         )
         self.state.record = {}
         self.state.summary = StreamSummary()
+        self._unreadable = 0  # images in a row
         if progress:
             ProgressBar(persist=True, desc="stream").attach(self, output_transform=self._progress)
 
@@ -130,6 +135,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             if self.state.epoch_length == 0:
                 raise ValueError("the stream has no images: give val_data_loader a non-empty dataset")
         self.state.summary = StreamSummary()
+        self._unreadable = 0
         # not while the processes wait for each other below, where no signal would be heard
         with stopping_cleanly():
             super().run(global_epoch)
@@ -165,13 +171,16 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         files = file_names(batchdata)
         place = {key: _first(batchdata[key]) for key in PLACE if key in batchdata}
         record = {"name": files[0] if files else "", "site": "", **place}
+        # an image that could be read may have a key of this name for something else
+        kind = {KIND: _first(batchdata[KIND])} if FAILURE in batchdata and KIND in batchdata else {}
         stopped: MachineFailureError | None = None
         output: Any = None
         try:
             # a method without an inferer of its own takes its turn by itself
             with network_turn(self.network) if method is None else method.transaction():
+                self._unreadable = self._unreadable + 1 if kind else 0
                 if FAILURE in batchdata:
-                    _raise_failure(batchdata)
+                    _raise_failure(batchdata, self._unreadable)
                 output = super()._iteration(engine, batchdata)
                 # without the time of the metrics
                 record["seconds"] = time.perf_counter() - start
@@ -188,7 +197,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             elif self.stop_on_failure:
                 raise
             output = None
-            record |= {"status": "failed", "reason": with_file_name(root_cause(error), files)}
+            record |= {"status": "failed", "reason": with_file_name(root_cause(error), files), **kind}
         if stopped is not None:
             raise stopped  # not from the error, whose message would be shown in its place
         if record["status"] == "failed":
@@ -213,10 +222,12 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         return shown | {"images/s": 1 / record["seconds"]}
 
 
-def _raise_failure(batch: Mapping[str, Any]) -> None:
+def _raise_failure(batch: Mapping[str, Any], unreadable: int) -> None:
     """Raise the error of an image that could not be loaded."""
     if MACHINE in batch:
         raise MachineFailureError(_first(batch[MACHINE]), bool(_first(batch[MEMORY])))
+    if unreadable == UNREADABLE_IN_A_ROW:
+        raise MachineFailureError(f"{unreadable} images in a row give I/O errors: is the disk or the network gone?")
     raise ValueError(_first(batch[FAILURE]))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import logging
 import math
@@ -22,15 +23,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
 from mgipt_monai.utils.files import root_cause, with_file_name
-from mgipt_monai.utils.machine import machine_failure, out_of_memory
+from mgipt_monai.utils.machine import behind, machine_failure, out_of_memory
 
 __all__ = [
     "FAILURE",
     "FORMATS",
+    "KIND",
     "MACHINE",
     "MAX_VALUES",
     "MEMORY",
     "PLACE",
+    "UNREADABLE",
     "PhotographReader",
     "StreamDataset",
     "check_declared_size",
@@ -47,6 +50,7 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 """Formats of photographs that are read; Pillow starts other programs for some of the rest."""
 
 BEST_COMPRESSION = 1100  # bytes that deflate can make of one, with some to spare
+LONGEST_LOOK = 2**31  # bytes of a file that are read to find an I/O error
 LARGEST_EXTENSIONS = 2**24  # bytes before the data of a NIfTI file
 
 
@@ -277,6 +281,8 @@ def _significant_bits(path: PathLike) -> int | None:
 FAILURE = "failure"
 MACHINE, MEMORY = "machine", "memory"
 """Keys of a failure of the machine: what failed, and whether memory ran out."""
+KIND, UNREADABLE = "kind", "unreadable"
+"""Key of the kind of a failure, and the kind of an image whose file gives an I/O error."""
 PLACE = ("name", "site", "round")
 """The keys of an item that identify the image in the stream."""
 
@@ -286,8 +292,9 @@ class StreamDataset(Dataset):
 
     A failure has the item's ``name``, ``site`` and ``round`` (those it has) and ``failure``, which names the file and
     the fix. :class:`mgipt_monai.StreamingAdaptationEvaluator` records it and continues, or stops if the machine failed
-    (no memory, no space), which ``machine`` then says. Constructed like
-    ``monai.data.Dataset``, from the items of :func:`mgipt_monai.find_stream`.
+    (no memory, no space), which ``machine`` then says. A file that gives an I/O error is read a second time, and is
+    then a failure of the ``kind`` ``unreadable``. Constructed like ``monai.data.Dataset``, from the items of
+    :func:`mgipt_monai.find_stream`.
 
     Args:
         data: the items.
@@ -313,28 +320,65 @@ class StreamDataset(Dataset):
     def _transform(self, index: int) -> Any:
         item = self.data[index]
         try:
-            files = [(key, path) for key in ("image", "label") for path in ensure_tuple(item.get(key, ()))]
-            for limit in (None, self.max_values):  # a missing mask before anything is looked into
-                for key, path in files:
-                    check_file(key, path, limit)
-            return super()._transform(index)
+            return self._load(item, index)
         except Exception as error:
-            place = {key: item[key] for key in PLACE if key in item}
-            failure = {"name": next(iter(files_of(item)), ""), **place, FAILURE: explain(error, item)}
-            if (what := machine_failure(error, writing=False)) is not None:
-                # as text: an exception of a worker process would arrive with that process's traceback as its message
-                failure |= {MACHINE: what, MEMORY: out_of_memory(error)}
-            return failure
+            if not gives_io_error(error, item):
+                return self._failure(error, item)
+        try:  # it may have been the cable
+            return self._load(item, index)
+        except Exception as error:
+            failure = self._failure(error, item)
+            if not gives_io_error(error, item):
+                return failure
+            reason = "gives an I/O error where it is read: copy it again from another place, or look at the disk"
+            own = {key: value for key, value in failure.items() if key not in (MACHINE, MEMORY)}
+            return {**own, FAILURE: with_file_name(reason, files_of(item)), KIND: UNREADABLE}
+
+    def _load(self, item: Any, index: int) -> Any:
+        files = [(key, path) for key in ("image", "label") for path in ensure_tuple(item.get(key, ()))]
+        for limit in (None, self.max_values):  # a missing mask before anything is looked into
+            for key, path in files:
+                check_file(key, path, limit)
+        return super()._transform(index)
+
+    def _failure(self, error: Exception, item: Any) -> dict[str, Any]:
+        place = {key: item[key] for key in PLACE if key in item}
+        failure = {"name": next(iter(files_of(item)), ""), **place, FAILURE: explain(error, item)}
+        if (what := machine_failure(error, writing=False)) is not None:
+            # as text: an exception of a worker process would arrive with that process's traceback as its message
+            failure |= {MACHINE: what, MEMORY: out_of_memory(error)}
+        return failure
 
 
 def check_file(key: str, path: str | os.PathLike[str], max_values: int | None = MAX_VALUES) -> None:
     """Raise an error that names the file if it does not exist, is empty, or cannot be read within the limit."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{key} file {path} does not exist")
-    if os.path.getsize(path) == 0:
+    try:
+        size = os.stat(path).st_size
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            raise
+        raise FileNotFoundError(f"{key} file {path} does not exist") from None
+    if size == 0:
         raise ValueError(f"{key} file {path} is empty: copy it again or remove it")
     if max_values is not None:
         check_declared_size(key, path, max_values)
+
+
+def gives_io_error(error: BaseException, item: dict[str, Any]) -> bool:
+    """Whether an item failed since one of its files gives an I/O error, which readers may hide in other errors."""
+    files = files_of(item)
+    for one in behind(error) if files else ():
+        # one of another file, such as a cache, is the machine's failure
+        if isinstance(one, OSError) and one.errno == errno.EIO:
+            return one.filename is None or os.fspath(one.filename) in files
+    try:
+        for path in filter(os.path.isfile, files):  # a pipe would have to be waited for
+            with open(path, "rb") as file:
+                while file.tell() < LONGEST_LOOK and file.read(1 << 20):
+                    pass
+    except (OSError, ValueError) as found:
+        return isinstance(found, OSError) and found.errno == errno.EIO
+    return False
 
 
 def explain(error: BaseException, item: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mgipt_monai.installed import require
+from mgipt_monai.stream.records import check_metrics, is_number
 from mgipt_monai.stream.summary import aligned, image_means
 
 from .tables import percent
@@ -28,15 +29,8 @@ __all__ = ["Period", "Row", "alerts", "main", "read_records", "record_table", "t
 Row = dict[str, Any]
 Period = Literal["day", "month"]
 
-TYPES: dict[str, type | tuple[type, ...]] = {
-    "status": str,
-    "site": str,
-    "time": str,
-    "decision": str,
-    "learned": bool,
-    "metrics": dict,
-    **dict.fromkeys(("seconds", "forwards", "backwards", "loss_before", "loss_after", "prompt_norm"), (int, float)),
-}
+TYPES = {"status": str, "site": str, "time": str, "decision": str, "learned": bool}
+NUMBERS = ("seconds", "forwards", "backwards", "loss_before", "loss_after", "prompt_norm")
 
 HEADS = ["site", "", "images", "failed", "adapted", "unadapted", "learned", "s/image", "F", "DSC"]
 LENGTHS = {"day": len("2026-01-31"), "month": len("2026-01")}
@@ -85,13 +79,16 @@ def time_of(row: Row) -> datetime | None:
 def _parse(line: bytes) -> Row | None:
     try:
         row = {key: value for key, value in json.loads(line).items() if value is not None}
-        fits = row["status"] in ("ok", "failed") and all(
-            isinstance(row[key], TYPES[key]) for key in TYPES.keys() & row.keys()
+        check_metrics(row.get("metrics"))
+        fits = (
+            row["status"] in ("ok", "failed")
+            and all(isinstance(row[key], TYPES[key]) for key in TYPES.keys() & row.keys())
+            and all(is_number(row[key]) for key in NUMBERS if key in row)
         )
         time = time_of(row)
         if time is not None and time.tzinfo is None:
             return None
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         return None
     return row if fits else None
 

@@ -19,7 +19,17 @@ from mgipt_monai.stream.pseudonyms import Pseudonyms, without_names
 from mgipt_monai.utils.files import atomic_path
 from mgipt_monai.utils.provenance import fingerprint, versions
 
-__all__ = ["AuditTrail", "Identifiers", "RecordFile", "check_identifiers", "hidden_name", "in_words", "json_types"]
+__all__ = [
+    "AuditTrail",
+    "Identifiers",
+    "RecordFile",
+    "check_identifiers",
+    "check_metrics",
+    "hidden_name",
+    "in_words",
+    "is_number",
+    "json_types",
+]
 
 
 class RecordFile:
@@ -155,6 +165,7 @@ class RecordFile:
 
 
 BLOCK = 1 << 16
+LARGEST = 1e300
 
 
 def check_row(row: dict[str, Any]) -> None:
@@ -177,13 +188,23 @@ def check_row(row: dict[str, Any]) -> None:
     seconds = row.get("seconds")
     if seconds is None and status == "failed":
         seconds = 0.0
-    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
+    if not is_number(seconds):
         raise ValueError("seconds is no number")
+    check_metrics(metrics)
+
+
+def check_metrics(metrics: Any) -> None:
+    """Raise ValueError unless a record's metrics are None, or numbers (None where undefined) by metric and class."""
     tables = metrics.values() if isinstance(metrics, dict) else [] if metrics is None else [metrics]
     if not all(isinstance(table, dict) for table in tables):
         raise ValueError("metrics is no table")
-    if not all(isinstance(value, (int, float, type(None))) for table in tables for value in table.values()):
+    if not all(value is None or is_number(value) for table in tables for value in table.values()):
         raise ValueError("metrics has values that are no numbers")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a number that can be computed with, so no truth value and not of hundreds of digits."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and not abs(value) > LARGEST
 
 
 def in_words(row: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import torch
 
-__all__ = ["MachineFailureError", "machine_failure", "out_of_memory"]
+__all__ = ["MachineFailureError", "behind", "machine_failure", "out_of_memory"]
 
 ANYWHERE = {
     getattr(errno, name)
@@ -47,7 +47,7 @@ def machine_failure(error: BaseException, writing: bool = True) -> str | None:
         >>> machine_failure(PermissionError(errno.EACCES, "Permission denied", "in/eye.png"), writing=False)
         >>> machine_failure(ValueError("the image is constant"))
     """
-    for one in _behind(error):
+    for one in behind(error):
         if isinstance(one, MachineFailureError) or any(text in str(one) for text in DEVICE_TEXTS):
             return str(one)
         if out_of_memory(one):
@@ -61,7 +61,7 @@ def machine_failure(error: BaseException, writing: bool = True) -> str | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error, or one behind it, says that memory ran out, or that a worker process was killed."""
-    for one in _behind(error):
+    for one in behind(error):
         if isinstance(one, MachineFailureError):
             return one.out_of_memory
         if isinstance(one, (MemoryError, torch.cuda.OutOfMemoryError)):
@@ -73,7 +73,8 @@ def out_of_memory(error: BaseException) -> bool:
     return False
 
 
-def _behind(error: BaseException | None) -> Iterator[BaseException]:
+def behind(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and those that it was raised from or while handling."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         yield error

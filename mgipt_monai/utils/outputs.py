@@ -9,13 +9,22 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mgipt_monai.utils.files import atomic_path, clear_parts, load_state
+from mgipt_monai.utils.machine import MachineFailureError
 
-__all__ = ["MANIFEST", "OutputFolder", "check_apart", "check_output_name", "normal_name", "output_file"]
+__all__ = [
+    "MANIFEST",
+    "OutputFolder",
+    "WatchedFolders",
+    "check_apart",
+    "check_output_name",
+    "normal_name",
+    "output_file",
+]
 
 MANIFEST = ".mgipt_written"
 """File in an output folder that lists what runs wrote there."""
@@ -52,6 +61,7 @@ class OutputFolder:
     def __init__(self, path: str | os.PathLike[str], durable: bool = True) -> None:
         self.path, self.durable = Path(path), durable
         self._entries: set[str] = set()
+        self._prepared: tuple[int, int] | None = None
 
     def prepare(self) -> None:
         """Create the folder, check that it is writable, and clear what killed runs left half-written.
@@ -69,6 +79,7 @@ class OutputFolder:
             raise OSError(
                 f"cannot write to the output folder {self.path} ({error.strerror}): choose another output_dir"
             ) from error
+        self._prepared = _identity(self.path)
         clear_parts(self.path)
 
     def file(self, name: str) -> Path:
@@ -88,19 +99,60 @@ class OutputFolder:
     def writing(self, name: str) -> Iterator[Path]:
         """Yield a path to write to, which becomes the file ``name`` only if the block ends without an error.
 
+        On Linux the path leads through an open folder, so that nothing is written elsewhere even if somebody exchanges
+        a folder for a link meanwhile. Other systems are checked a second time before the file gets its name.
+
         Raises:
             FileExistsError: if a file stands there that no run wrote.
+            MachineFailureError: if the output folder was replaced since :meth:`prepare`.
             ValueError: as :meth:`file`.
         """
         path = self.file(name)
         self.check(name)
-        with atomic_path(path) as part:
-            yield part
-            if self.durable:
-                with part.open("r+b") as file:  # before the list and the states that refer to it
-                    os.fsync(file.fileno())
-            if name not in self._entries:
-                self._add([_fingerprint(name, part)])
+        with self._opened(path.parent) as folder:
+            try:
+                with atomic_path(folder / path.name) as part:
+                    yield part
+                    if self.durable:
+                        with part.open("r+b") as file:  # before the list and the states that refer to it
+                            os.fsync(file.fileno())
+                    if name not in self._entries:
+                        self._add([_fingerprint(name, part)])
+                    self.file(name)
+                    self._check_same()
+            except OSError as error:
+                if isinstance(error.filename, (str, Path)) and folder in Path(error.filename).parents:
+                    error.filename = str(path)  # not one that leads through an open folder
+                raise
+
+    @contextmanager
+    def _opened(self, below: Path) -> Iterator[Path]:
+        """Create this folder or one below it, and yield a path that leads there whatever becomes of its name."""
+        if not os.path.isdir(OPEN_FILES):
+            yield below
+            return
+        if self._prepared is None:
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._check_same()
+        with ExitStack() as stack:
+            descriptor = _open_folder(stack, self.path)
+            self._check_same(descriptor)
+            for part in below.relative_to(self.path).parts:
+                with suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=descriptor)
+                try:
+                    descriptor = _open_folder(stack, part, os.O_NOFOLLOW, descriptor)
+                except NotADirectoryError:
+                    raise ValueError(f"{below} lies behind a link or a file: remove it below {self.path}") from None
+            yield Path(OPEN_FILES, str(descriptor))
+
+    def _check_same(self, descriptor: int | None = None) -> None:
+        """Raise MachineFailureError if another folder has the name of the one that was prepared."""
+        found = _identity(self.path if descriptor is None else descriptor)
+        if self._prepared is not None and found != self._prepared:
+            raise MachineFailureError(
+                f"the folder {self.path} was removed or replaced during the run: put it back and resume, or start again"
+            )
 
     def check(self, name: str) -> None:
         """Raise FileExistsError if a file stands at ``name`` that no run wrote."""
@@ -128,7 +180,8 @@ class OutputFolder:
         self._read()
         for name in names:
             # folders of versions before 0.3 have no list
-            if not (name in self._entries or _is_of_older_run(self.file(name).parent)):
+            path = self.file(name)
+            if path.is_symlink() or not (name in self._entries or _is_of_older_run(path.parent)):
                 self.check(name)
         self._add(names)
 
@@ -146,7 +199,7 @@ class OutputFolder:
         if path.is_symlink():
             raise FileExistsError(f"{path} is a link, which no run makes: remove it, or choose another output_dir")
         text = b"".join(os.fsencode(entry) + b"\n" for entry in entries)
-        with path.open("a+b") as file:
+        with self._opened(self.path) as folder, open(folder / MANIFEST, "a+b", opener=_follow_no_link) as file:
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
@@ -156,6 +209,20 @@ class OutputFolder:
             if self.durable:
                 os.fsync(file.fileno())
         self._entries |= set(entries)
+
+
+OPEN_FILES = "/proc/self/fd"
+"""Folder of the files that are open in this process, on systems that have one which leads into open folders."""
+
+
+def _open_folder(stack: ExitStack, path: str | os.PathLike[str], flags: int = 0, beside: int | None = None) -> int:
+    descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | flags, dir_fd=beside)
+    stack.callback(os.close, descriptor)
+    return descriptor
+
+
+def _follow_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _fingerprint(name: str, path: Path) -> str:
@@ -187,6 +254,40 @@ def output_file(path: str | os.PathLike[str]) -> tuple[OutputFolder, str]:
     folder = OutputFolder(whole.parent)
     folder.claim(whole.name)
     return folder, whole.name
+
+
+class WatchedFolders:
+    """Folders that must stay the same ones.
+
+    Args:
+        files: files in these folders; a folder is created if there is none.
+    """
+
+    def __init__(self, files: Iterable[Path] = ()) -> None:
+        self._descriptors: dict[Path, int] = {}
+        for folder in dict.fromkeys(file.parent for file in files):
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(OSError):  # a folder cannot be opened on every system
+                # held open, so that the system gives its number to no other folder
+                self._descriptors[folder] = os.open(folder, os.O_RDONLY)
+
+    def check(self) -> None:
+        """Raise MachineFailureError if a folder was removed, moved or replaced."""
+        for folder, descriptor in self._descriptors.items():
+            found = False
+            with suppress(OSError):
+                found = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+            if not found:
+                raise MachineFailureError(
+                    f"the folder {folder} was removed or replaced during the run, with all that was written there: put "
+                    "it back and resume, or start again"
+                )
+
+    def close(self) -> None:
+        """Watch no more."""
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors = {}
 
 
 def check_output_name(name: Any, ending: str = "") -> None:
@@ -246,10 +347,10 @@ def _identities(path: Path) -> set[tuple[int, int]]:
     return {identity for identity in found if identity is not None}
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def _identity(path: Path | int) -> tuple[int, int] | None:
     """Return what is the same for two names of one folder, also where capitals make no difference."""
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError:
         return None
     return status.st_dev, status.st_ino

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -26,7 +27,8 @@ from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_site
 from mgipt_monai.networks import measure_source_statistics
 from mgipt_monai.report import PictureWriter
-from mgipt_monai.utils.outputs import MANIFEST, OutputFolder
+from mgipt_monai.utils.machine import MachineFailureError
+from mgipt_monai.utils.outputs import MANIFEST, OPEN_FILES, OutputFolder
 from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, demo_sites, run_bundle
 from tests.conftest import tiny_network
 
@@ -221,6 +223,73 @@ def test_link_in_place_of_a_file_or_of_the_list_is_not_followed(tmp_path: Path) 
     with pytest.raises(FileExistsError, match="is a link, which no run makes"):
         SaveMaskd("pred", tmp_path / "out")(mask_of("other"))
     assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+@pytest.mark.skipif(not os.path.isdir(OPEN_FILES), reason="the system has no paths that lead through open folders")
+@pytest.mark.parametrize("exchanged", ["before the folder is opened", "while it is written", "before it gets its name"])
+@pytest.mark.parametrize("folder", ["out/site", "out"])
+def test_folder_that_is_exchanged_for_a_link_after_the_check_leads_no_writer_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: str, exchanged: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "site").mkdir()
+    (elsewhere / "site" / "eye.txt").write_text("of somebody else")
+    output = OutputFolder(tmp_path / "out")
+    output.prepare()
+    with output.writing("site/first.txt") as part:
+        part.write_text("a mask")
+    real = tmp_path / "moved"
+
+    def exchange() -> None:
+        (tmp_path / folder).rename(real)
+        (tmp_path / folder).symlink_to(elsewhere / "site" if folder == "out/site" else elsewhere)
+
+    check = OutputFolder.check
+
+    def check_then_exchange(self: OutputFolder, name: str) -> None:
+        check(self, name)
+        exchange()
+
+    if exchanged == "before the folder is opened":
+        monkeypatch.setattr(OutputFolder, "check", check_then_exchange)
+    before = digests(elsewhere)
+
+    def write() -> None:
+        with output.writing("site/eye.txt") as part:
+            part.write_text("first half")
+            if exchanged == "while it is written":
+                exchange()
+                with part.open("a") as file:
+                    file.write(", second half")
+            if exchanged == "before it gets its name":
+                monkeypatch.setattr("os.fsync", lambda _: monkeypatch.undo() or exchange())
+
+    with pytest.raises((ValueError, MachineFailureError), match=r"link|replaced"):
+        write()
+    assert digests(elsewhere) == before
+    assert not list(tmp_path.rglob(".part-*"))
+    assert not list(real.rglob("eye.txt"))
+
+
+def test_full_disk_is_reported_with_the_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left") as found, OutputFolder(tmp_path / "out").writing("a/x") as part:
+        part.write_text("mask")
+    assert found.value.filename == str(tmp_path / "out" / "a" / "x")
+
+
+def test_link_in_place_of_a_file_of_a_run_is_refused_also_after_an_earlier_run(tmp_path: Path) -> None:
+    folder = OutputFolder(tmp_path / "out")
+    folder.prepare()
+    folder.claim("records.jsonl")
+    (tmp_path / "other.jsonl").write_text("of somebody else")
+    (tmp_path / "out" / "records.jsonl").symlink_to(tmp_path / "other.jsonl")
+    with pytest.raises(FileExistsError, match=r"records\.jsonl was not written by a run"):
+        OutputFolder(tmp_path / "out").claim("records.jsonl")
 
 
 def test_output_folder_may_itself_be_a_link(tmp_path: Path) -> None:

@@ -197,6 +197,34 @@ def test_evaluator_without_adaptation_is_not_disturbed_by_one_that_adapts(tmp_pa
     assert_equal([run.outputs for run in runs], alone(("mgipt", "source")))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_plain_call_of_the_network_beside_a_thread_that_adapts_is_the_networks_own(name: str) -> None:
+    network = tiny_network().eval().requires_grad_(False)
+    method, image = METHODS[name](network), STREAMS[1][0]
+    expected, own = network(image), threading.get_ident()
+    found: list[Tensor] = []
+    inside, go_on = threading.Event(), threading.Semaphore(0)
+
+    def wait(*_: object) -> None:
+        if threading.get_ident() != own:  # in the middle of each forward, in whatever way its layers normalise
+            inside.set()
+            go_on.acquire(timeout=60)
+
+    outputs: list[Tensor] = []
+    hook = method.network[3].register_forward_pre_hook(wait)
+    thread = threading.Thread(target=lambda: outputs.extend(method(one) for one in STREAMS[0][:2]))
+    thread.start()
+    while thread.is_alive():
+        if inside.wait(0.01):
+            inside.clear()
+            found.append(network(image))
+            go_on.release()
+    hook.remove()
+    assert found
+    assert all(torch.equal(one, expected) for one in found)
+    assert_equal([outputs], [alone((name, "source"))[0][:2]])
+
+
 def test_one_method_in_two_runs_at_once_is_refused(tmp_path: Path) -> None:
     method = METHODS["mgipt"](tiny_network())
     first = Run(tmp_path / "a", method, method.network, STREAMS[0])

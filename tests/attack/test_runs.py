@@ -16,15 +16,17 @@ import zipfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.transforms import Compose, Lambdad, Resized, ScaleIntensityd
+from monai.transforms import Compose, Lambdad, LoadImaged, Resized, ScaleIntensityd
 from PIL import Image
 
 from mgipt_monai import MGIPT, PersistentInferer, RecordFile, StreamFailedError, load_state
+from mgipt_monai.data.dataset import PhotographReader
 from mgipt_monai.engines import MachineFailureError
 from mgipt_monai.handlers import WorkAheadHandler
 from mgipt_monai.stream import command
@@ -33,7 +35,7 @@ from tests.attack.faults import DIED, Step, build, exit_at_line, in_child, items
 from tests.bundle.conftest import BUNDLE, CONFIGS, ONE_THREAD, QUICK, ROOT, run_bundle
 from tests.conftest import same_state, stream, tiny_network, without_times
 
-OWN = ("adaptation.py", "resuming.py", "records.py", "state_file.py", "attempts.py", "files.py", "inferers.py")
+OWN = ("adaptation.py", "progress.py", "images.py", "records.py", "state_file.py", "files.py", "inferers.py")
 
 
 def run(folder: Path, data: list[dict], ahead: bool = False, **settings) -> MGIPT:
@@ -235,6 +237,132 @@ def test_while_loading_only_what_concerns_the_file_is_the_images_failure(
     assert [row["status"] for row in rows(tmp_path)] == (["ok"] if stops else ["ok", "failed", "ok"])
 
 
+class BadDisk:
+    """Opens files as ``open`` does, but some give an I/O error behind their first bytes, as a bad sector does.
+
+    Args:
+        monkeypatch: takes the place of ``open``.
+        bad: names of the files, and how often reading them fails.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, bad: dict[str, int]) -> None:
+        self.left, self.open = bad, open
+        monkeypatch.setattr("builtins.open", self)
+
+    def __call__(self, path: object, *args: object, **kwargs: object) -> IO:
+        file = self.open(path, *args, **kwargs)
+        name = Path(path).name if isinstance(path, (str, os.PathLike)) else ""
+        return _BadFile(file, self, name) if name in self.left else file
+
+
+class _BadFile(io.BufferedIOBase):
+    def __init__(self, file: IO, disk: BadDisk, name: str) -> None:
+        self.file, self.disk, self.name = file, disk, name
+
+    def read(self, size: int = -1) -> bytes:
+        if self.disk.left[self.name] > 0 and (size < 0 or self.file.tell() + size > 600):
+            self.disk.left[self.name] -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return self.file.read(size)
+
+    def seek(self, *place: int) -> int:
+        return self.file.seek(*place)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def photographs(folder: Path, count: int) -> list[dict]:
+    """Items of photographs of noise, each larger than what is read of a header."""
+    folder.mkdir()
+    found = []
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 255, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(folder / f"{number}.png")
+        found.append({"image": str(folder / f"{number}.png"), "name": f"{number}", "site": "A"})
+    return found
+
+
+READ = Compose([LoadImaged("image", PhotographReader, ensure_channel_first=True), ScaleIntensityd("image")])
+FOR_EVER = 10**6
+
+
+def test_one_bad_sector_fails_its_image_alone_which_may_be_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = photographs(tmp_path / "in", 4)
+    with monkeypatch.context() as patch:
+        BadDisk(patch, {"1.png": FOR_EVER})
+        run(tmp_path / "out", data, transform=READ)
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["ok", "failed", "ok", "ok"]
+    assert rows(tmp_path / "out")[1]["kind"] == "unreadable"
+    assert "1.png: gives an I/O error where it is read" in rows(tmp_path / "out")[1]["reason"]
+    run(tmp_path / "out", data, transform=READ, resume=True, retry_failed=True)
+    assert [(row["name"], row["status"]) for row in rows(tmp_path / "out")] == [(name, "ok") for name in "0231"]
+    run(tmp_path / "whole", [data[index] for index in (0, 2, 3, 1)], transform=READ)
+    ends = [rows(tmp_path / name) for name in ("out", "whole")]
+    assert [row["loss_after"] for row in ends[0]] == [row["loss_after"] for row in ends[1]]
+
+
+def test_io_error_that_goes_away_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = photographs(tmp_path / "in", 3)
+    run(tmp_path / "whole", data, transform=READ)
+    # once where the pixels are read, which MONAI hides in an error of its own, and once where that is looked into
+    BadDisk(monkeypatch, {"1.png": 2})
+    run(tmp_path / "out", data, transform=READ)
+    assert_same_end(tmp_path / "out", tmp_path / "whole")
+
+
+def test_three_unreadable_images_in_a_row_stop_the_stream_and_two_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = photographs(tmp_path / "in", 8)
+    bad = ["1.png", "2.png", "4.png", "5.png", "6.png", "7.png"]
+    with monkeypatch.context() as patch:
+        BadDisk(patch, dict.fromkeys(bad, FOR_EVER))
+        _, evaluator = build(tmp_path / "out", data, transform=READ)
+        with pytest.raises(MachineFailureError, match=r"at 6: 3 images in a row give I/O errors: is the disk"):
+            evaluator.run()
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["ok", "failed", "failed", "ok", "failed", "failed"]
+    run(tmp_path / "out", data, transform=READ, resume=True, retry_failed=True)
+    assert [row["name"] for row in rows(tmp_path / "out")] == list("03671245")
+    assert {row["status"] for row in rows(tmp_path / "out")} == {"ok"}
+
+
+def test_images_with_a_key_of_the_same_name_are_not_taken_as_unreadable(tmp_path: Path) -> None:
+    data = [{**item, "kind": "OCT"} for item in photographs(tmp_path / "in", 4)]
+    run(tmp_path / "out", data, transform=READ)
+    assert [(row["status"], "kind" in row) for row in rows(tmp_path / "out")] == [("ok", False)] * 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_pipe_under_the_name_of_an_image_is_not_waited_for(tmp_path: Path) -> None:
+    data = photographs(tmp_path / "in", 2)
+    (tmp_path / "in" / "0.png").unlink()
+    os.mkfifo(tmp_path / "in" / "0.png")
+    run(tmp_path / "out", data, transform=READ)
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["failed", "ok"]
+
+
+def test_io_error_of_another_file_than_the_image_stops_the_stream(tmp_path: Path) -> None:
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error", str(tmp_path / "cache" / "1.pt"))
+
+    _, evaluator = build(tmp_path / "out", photographs(tmp_path / "in", 3), Compose([READ, DyingAt("1", fail)]))
+    with pytest.raises(MachineFailureError, match=r"at 1: Input/output error: .*1\.pt"):
+        evaluator.run()
+    assert [row["status"] for row in rows(tmp_path / "out")] == ["ok"]
+
+
 def test_image_for_which_there_is_never_enough_memory_is_passed_over(tmp_path: Path) -> None:
     data = items(3)
 
@@ -395,7 +523,9 @@ def _kill_everywhere(tmp_path: Path, every: int, before: Callable[[Path], None],
 
 
 @pytest.mark.parametrize("every", [31, pytest.param(5, marks=pytest.mark.slow)])
-def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(tmp_path: Path, every: int) -> None:
+def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(
+    tmp_path: Path, every: int, record_property: Callable[[str, int], None]
+) -> None:
     data = items(5, sites="AB")
     kills = _kill_everywhere(
         tmp_path,
@@ -403,11 +533,14 @@ def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(tmp_path: Path, e
         lambda folder: run(folder, data[:2]),
         lambda folder: run(folder, data, resume=True, snapshot_every=2),
     )
+    record_property("kills", kills)  # for the results page: --junitxml
     assert kills * every > 300
 
 
 @pytest.mark.parametrize("every", [17, pytest.param(4, marks=pytest.mark.slow)])
-def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(tmp_path: Path, every: int) -> None:
+def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(
+    tmp_path: Path, every: int, record_property: Callable[[str, int], None]
+) -> None:
     data = items(4)
     broken = [{**item, "pixels": torch.full((3, 24, 24), torch.nan)} if item["name"] in "02" else item for item in data]
     kills = _kill_everywhere(
@@ -416,13 +549,14 @@ def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(t
         lambda folder: run(folder, broken, snapshot_every=1),
         lambda folder: run(folder, data, resume=True, retry_failed=True, snapshot_every=1),
     )
+    record_property("kills", kills)  # for the results page: --junitxml
     assert kills * every > 150
 
 
 @pytest.mark.parametrize("every", [13, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("done", [0, 2])
 def test_persistent_stream_killed_at_any_line_has_one_record_of_each_image(
-    tmp_path: Path, every: int, done: int
+    tmp_path: Path, every: int, done: int, record_property: Callable[[str, int], None]
 ) -> None:
     images = stream(3)
     small()(images[0])  # loads, before it forks, what each process would load anew
@@ -453,6 +587,7 @@ def test_persistent_stream_killed_at_any_line_has_one_record_of_each_image(
         assert_same_end(folder, whole)
         if status == 0:
             break
+    record_property("kills", kills)  # for the results page: --junitxml
     assert kills * every > 60
 
 
@@ -705,8 +840,11 @@ def test_settings_of_a_state_are_bounded(tmp_path: Path) -> None:
 
 # signals
 
+HEARD = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+"""Under nohup, SIGHUP is none of them."""
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+
+@pytest.mark.parametrize("number", HEARD)
 def test_signal_ends_a_run_as_cleanly_as_ctrl_c(tmp_path: Path, number: int) -> None:
     data = items(5)
     run(tmp_path / "whole", data)
@@ -733,7 +871,7 @@ def test_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert len(rows(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", HEARD)
 @pytest.mark.parametrize("command_line", ["mgipt", "monai.bundle"])
 def test_signal_ends_the_commands_with_their_status_and_the_run_goes_on(
     tmp_path: Path, demo_sites: Path, command_line: str, number: int

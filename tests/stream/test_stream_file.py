@@ -231,7 +231,7 @@ def test_killed_at_any_moment_it_loads_resumes_and_ends_as_if_nothing_had_been(t
             if reached == count:
                 reached = content["snapshots"][0]["position"]
                 state.main(["rollback", str(folder / "stream.pt"), "--to", str(reached)])
-    run(folder, count, sites="AB")
+    run(folder, count, sites="AB", attempts=None)
     ends = [read(tmp_path / name / "stream.pt") for name in ("whole", "killed")]
     for role in ("students", "teachers"):
         assert torch.equal(ends[0]["adaptation"][role][0], ends[1]["adaptation"][role][0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -39,11 +40,12 @@ class Threshold(NamedTuple):
     refuses: bool = True
 
     def check_limit(self, name: str, limit: float | None) -> None:
-        """Raise ValueError for a limit out of range; None disables it."""
+        """Raise ValueError for a limit that is no number or out of range; None disables it."""
         lowest, highest = self.range
-        if limit is not None and not (lowest <= limit <= highest and math.isfinite(limit)):
+        is_number = isinstance(limit, (int, float)) and not isinstance(limit, bool)
+        if limit is not None and not (is_number and lowest <= limit <= min(highest, sys.float_info.max)):
             wanted = f"in [{lowest}, {highest}]" if math.isfinite(highest) else f"at least {lowest}"
-            raise ValueError(f"{name} must be {wanted}, or None to switch it off; got {limit}")
+            raise ValueError(f"{name} must be {wanted}, or None to switch it off; got {limit!r}")
 
     def is_crossed(self, limit: float | None, signals: Mapping[str, float]) -> bool:
         """Whether the signal crosses the limit; False if either is missing."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from mgipt_monai.utils.state_checks import check_number
+from mgipt_monai.utils.state_checks import check_number, is_whole
 
 __all__ = ["LossMemory"]
 
@@ -49,8 +49,8 @@ class LossMemory:
     """
 
     def __init__(self, warm_up: int = 10) -> None:
-        if warm_up < 2:
-            raise ValueError(f"warm_up must be at least 2 images, the fewest with a spread; got {warm_up}")
+        if not is_whole(warm_up) or warm_up < 2:
+            raise ValueError(f"warm_up must be a whole number from 2, the fewest images with a spread; got {warm_up!r}")
         self.warm_up = warm_up
         self.reset()
 

@@ -96,6 +96,7 @@ class AlignedNorms:
         self.forward_end = ForwardEnd()
         self._layout = ChannelsLast()
         self._replaced: list[tuple[nn.Module, Any]] | None = None
+        self.thread: int | None = None  # the one that aligns; in others the layers do what they always do
         self._ready_on: torch.device | None = None
 
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
@@ -166,11 +167,11 @@ class AlignedNorms:
         was_attached = self._replaced is not None
         if not was_attached:
             self.attach()
-        self.normalization, self.losses = normalization, losses
+        self.normalization, self.losses, self.thread = normalization, losses, threading.get_ident()
         try:
             yield
         finally:
-            self.normalization, self.losses = "source", None
+            self.normalization, self.losses, self.thread = "source", None, None
             if not was_attached:
                 self.detach()
 
@@ -268,6 +269,8 @@ class _AlignedLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Do what the layer does, with the chosen normalisation, and measure its loss."""
         norms, layer = self.norms, self.layer
+        if norms.thread != threading.get_ident():  # somebody else runs the network meanwhile
+            return type(layer).forward(layer, x, *args, **kwargs)
         # a layer without stored statistics already normalises each image by itself, or is not a norm layer
         if norms.normalization != "source" and has_stored_statistics(layer):
             features = layer_features(layer, x, x, norms.images)
@@ -337,8 +340,9 @@ def method_turn(method: nn.Module) -> Any:
 def network_turn(network: nn.Module) -> Iterator[None]:
     """Keep other threads' methods off a network, and off all networks that share one of its layers.
 
-    Whoever runs the network itself while methods in other threads adapt with it must do so here. A thread that needs
-    the turn of a method as well takes that one first.
+    Whoever changes the network itself, its weights or its mode, while methods in other threads adapt with it must do so
+    here. To run it needs no turn: layers align only in the thread that adapts. A thread that needs the turn of a method
+    as well takes that one first.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
