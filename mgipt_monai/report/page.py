@@ -59,10 +59,10 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     return benchmark.path / name
 
 
-def page_environment() -> jinja2.Environment:
-    """Return the jinja2 environment of this package's templates."""
+def page_environment(package: str = "mgipt_monai.report") -> jinja2.Environment:
+    """Return the jinja2 environment of a package's templates."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mgipt_monai.report", "."),
+        loader=jinja2.PackageLoader(package, "."),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
