@@ -25,7 +25,8 @@ except ModuleNotFoundError as error:
         f"the commissioning page needs {error.name}: pip install mgipt_monai[commission]"
     ) from error
 
-from mgipt_monai.commissioning.commission import FOLDS, NOTHING, TRAINED, Commissioning, Row
+from mgipt_monai.commissioning.commission import Commissioning, Row
+from mgipt_monai.commissioning.trial import FOLDS, NOTHING, TRAINED
 from mgipt_monai.report.charts import as_svg, plain_axes
 from mgipt_monai.report.page import page_environment
 from mgipt_monai.utils.files import plain_text

@@ -24,6 +24,7 @@ from mgipt_monai.methods.commissioned import Commissioned, SiteSetting, monitore
 from mgipt_monai.methods.source import Source
 from mgipt_monai.networks.correction import Correction
 from mgipt_monai.networks.prompts.early_stop import Head, binarize
+from mgipt_monai.utils.files import root_cause
 from mgipt_monai.utils.provenance import fingerprint
 
 __all__ = [
@@ -158,7 +159,10 @@ def _plain(value: Any) -> Tensor:
 def build_base(config: Mapping[str, Any], network: nn.Module, shared: Mapping[str, Any]) -> AdaptationMethod:
     """Build a method from its config; ``shared`` has the values that it refers to."""
     parser = ConfigParser({**shared, "network": network, "method": {**config, "network": "@network"}})
-    method = parser.get_parsed_content("method")
+    try:
+        method = parser.get_parsed_content("method")
+    except RuntimeError as error:  # MONAI's own, around the method's
+        raise ValueError(root_cause(error)) from error
     if not isinstance(method, AdaptationMethod):
         raise TypeError(f"a base must be an adaptation method, got {type(method).__name__}")
     return method
