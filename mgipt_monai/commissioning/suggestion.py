@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images of a site to label, so that few of them stand for all."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from monai.inferers import Inferer, SimpleInferer
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from mgipt_monai.data.datalists import write_datalist
+from mgipt_monai.data.dataset import FAILURE
+from mgipt_monai.methods.base import check_image
+from mgipt_monai.networks.alignment import find_measurable_layers, instance_statistics
+from mgipt_monai.networks.alignment.layers import layer_features
+from mgipt_monai.networks.alignment.norms import network_turn
+from mgipt_monai.utils.files import file_names
+
+__all__ = ["Suggestion", "suggest", "write_suggestions"]
+
+logger = logging.getLogger(__name__)
+
+SMALLEST = 1e-6
+"""Smallest deviation of a channel, and smallest share of an image that a structure takes, whose logarithm is taken."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """An image to label.
+
+    Attributes:
+        index: place of the image among all, from 0.
+        name: its name or, if it has none, its file's.
+        stands_for: number of images that are more like it than like the others suggested, itself included.
+        images: number of images that were compared.
+    """
+
+    index: int
+    name: str
+    stands_for: int
+    images: int
+
+    @property
+    def reason(self) -> str:
+        """Why to label it, in words."""
+        share = f"{self.stands_for} of {self.images} images"
+        return f"nearest to {share}" if self.stands_for > 1 else f"like no other of {self.images} images"
+
+
+def suggest(
+    network: nn.Module,
+    images: Iterable[Mapping[str, Any]],
+    k: int = 10,
+    *,
+    head: str = "sigmoid",
+    device: torch.device | str | None = None,
+    inferer: Inferer | None = None,
+) -> list[Suggestion]:
+    """Choose the images of a site to label: typical ones that are unlike each other.
+
+    An image is described by what the unadapted network makes of it, in one forward: mean and deviation of the features
+    at every norm layer, area of every class, and confidence. All three count alike, in standard deviations among the
+    images. One by one, the image is chosen that lowers the mean distance from an image to the nearest chosen one the
+    most. So the first is the most typical image, near-duplicates of a chosen one gain nothing, and a single outlier
+    gains little. There is no random draw. Such images are not a random sample: what holds for images drawn at random
+    need not hold for them.
+
+    An image that cannot be read or used is left out, with a line in the log.
+
+    Args:
+        network: the source network, whose state is left as it is.
+        images: dicts with ``image`` (C, \\*spatial), preprocessed as for inference, such as a ``Dataset``. ``name`` is
+            optional, and so is ``group``, such as the patient: a group's second image is suggested only when every
+            group has one.
+        k: number of images to suggest, at least 1.
+        head: ``sigmoid``, or ``softmax`` with a background channel before the classes.
+        device: where the network is; None uses the device of its first parameter.
+        inferer: how the network runs over an image; None for whole images.
+
+    Returns:
+        ``k`` suggestions, the most useful one first, or all images if there are fewer.
+
+    Raises:
+        ValueError: for another head or k, or if no image can be used.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> dark, light = ([{"image": gain * torch.rand(3, 16, 16)} for _ in range(6)] for gain in (0.2, 1.0))
+        >>> sorted(one.stands_for for one in suggest(network, [*dark, *light], k=2))
+        [6, 6]
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1 image, got {k}")
+    described = describe(network, images, head, device, inferer)
+    if not described:
+        raise ValueError("no image can be used: see the lines above for what is wrong with each")
+    return [
+        Suggestion(described[i].place, described[i].name, stands_for, len(described))
+        for i, stands_for in choose(described, k).items()
+    ]
+
+
+def write_suggestions(
+    suggestions: Sequence[Suggestion], items: Sequence[dict[str, Any]], path: str | os.PathLike[str]
+) -> None:
+    """Write the suggested items to a datalist, with the reason under ``suggested``, and print a line for each.
+
+    Args:
+        suggestions: as from :func:`suggest`.
+        items: all items that the suggestions are of, see :func:`mgipt_monai.find_stream`.
+        path: see :func:`mgipt_monai.data.datalists.write_datalist`.
+
+    Raises:
+        FileExistsError: if a file stands there that this function did not write.
+        ValueError: if the name does not end in ``.json``.
+
+    Example:
+        >>> import tempfile
+        >>> path = os.path.join(tempfile.mkdtemp(), "to_label.json")
+        >>> write_suggestions([Suggestion(1, "B", 7, 9)], [{"image": "A.png"}, {"image": "B.png"}], path)
+         1. B: nearest to 7 of 9 images
+    """
+    write_datalist([{**items[one.index], "suggested": one.reason} for one in suggestions], path)
+    for number, one in enumerate(suggestions, start=1):
+        print(f"{number:2d}. {one.name}: {one.reason}")
+
+
+class Description(NamedTuple):
+    """What the network makes of an image.
+
+    Attributes:
+        place: of the image among all, from 0.
+        name: of the image.
+        group: of images at most one of which is chosen, if possible.
+        layers: for each norm layer, means and logarithms of the deviations of its channels, (2 C,).
+        prediction: logarithm of each class's share of the image, (K,), and mean confidence, (1,).
+    """
+
+    place: int
+    name: str
+    group: Hashable
+    layers: list[Tensor]
+    prediction: list[Tensor]
+
+
+def describe(
+    network: nn.Module,
+    images: Iterable[Mapping[str, Any]],
+    head: str = "sigmoid",
+    device: torch.device | str | None = None,
+    inferer: Inferer | None = None,
+) -> list[Description]:
+    """Describe the images that can be used; the arguments are those of :func:`suggest`."""
+    if head not in ("sigmoid", "softmax"):
+        raise ValueError(f"head must be sigmoid or softmax, got {head!r}")
+    if device is None:
+        device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
+    described = []
+    with _observing(network) as look, torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        for index, item in enumerate(images):
+            name = str(item.get("name") or next(iter(file_names(item)), f"image {index + 1}"))
+            try:
+                if FAILURE in item:
+                    raise ValueError(item[FAILURE])
+                image = convert_to_tensor(item["image"], dtype=torch.float32, device=device, track_meta=False)[None]
+                check_image(image)
+            except ValueError as error:
+                logger.warning("%s is left out: %s", name, error)
+                continue
+            logits = (inferer or SimpleInferer())(image, network)
+            group = item.get("group", ("image", index))
+            described.append(Description(index, name, group, look(), _of_prediction(logits[0], head)))
+    return described
+
+
+def choose(described: Sequence[Description], k: int) -> dict[int, int]:
+    """Return the places of up to ``k`` chosen descriptions, and how many descriptions are nearest to each."""
+    distances = torch.zeros(len(described), len(described))
+    for i in range(len(described[0].layers)):
+        distances += _squares([one.layers[i] for one in described]) / len(described[0].layers)
+    for i in range(len(described[0].prediction)):
+        distances += _squares([one.prediction[i] for one in described])
+    distances.sqrt_()
+    chosen: list[int] = []
+    nearest = torch.full((len(described),), torch.inf)
+    while len(chosen) < min(k, len(described)):
+        taken = {described[i].group for i in chosen}
+        left = [i for i in range(len(described)) if i not in chosen]
+        left = [i for i in left if described[i].group not in taken] or left
+        costs = torch.minimum(nearest, distances[left]).mean(dim=1)
+        chosen.append(left[int(costs.argmin())])
+        nearest = torch.minimum(nearest, distances[chosen[-1]])
+    owners = distances[chosen].argmin(dim=0)
+    return dict(zip(chosen, torch.bincount(owners, minlength=len(chosen)).tolist(), strict=True))
+
+
+@contextmanager
+def _observing(network: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
+    """Yield a function that returns the statistics of each layer's features, (2 C,), in the latest forward."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def observe(name: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # an inferer may fold several windows into the batch
+        features = layer_features(layer, inputs[0], output, images=1)
+        if features is not None:
+            mean, std = instance_statistics(features)
+            seen.setdefault(name, []).append(torch.cat([mean, std.clamp(min=SMALLEST).log()], dim=1)[0].cpu())
+
+    def look() -> list[Tensor]:
+        latest = [torch.stack(windows).mean(dim=0) for windows in seen.values()]
+        seen.clear()
+        return latest
+
+    modes = {module: module.training for module in network.modules()}
+    with network_turn(network):
+        hooks = [
+            layer.register_forward_hook(partial(observe, name))
+            for name, layer in find_measurable_layers(network).items()
+        ]
+        try:
+            network.eval()
+            yield look
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _of_prediction(logits: Tensor, head: str) -> list[Tensor]:
+    """Return the logarithm of each class's share of the image, and the mean confidence, of logits (K, \\*spatial)."""
+    logits = logits.flatten(1)
+    if head == "sigmoid":
+        masks, confidence = logits > 0, (2 * logits.sigmoid() - 1).abs()
+    else:
+        masks = torch.nn.functional.one_hot(logits.argmax(dim=0), len(logits)).T[1:]
+        confidence = logits.softmax(dim=0).amax(dim=0)
+    return [masks.float().mean(dim=1).clamp(min=SMALLEST).log().cpu(), confidence.mean()[None].cpu()]
+
+
+def _squares(column: Sequence[Tensor]) -> Tensor:
+    """Return the images' squared distances (N, N) by some of their numbers, standardised, as a mean over these."""
+    values = torch.stack(list(column))
+    values = (values - values.mean(dim=0)) / values.std(dim=0, correction=0).clamp(min=SMALLEST)
+    # not by matrix products, whose rounding hides near-duplicates
+    return torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist").square() / values.shape[1]
