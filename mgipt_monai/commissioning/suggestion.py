@@ -12,6 +12,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils import convert_to_tensor
@@ -64,15 +65,16 @@ def suggest(
     head: str = "sigmoid",
     device: torch.device | str | None = None,
     inferer: Inferer | None = None,
+    seed: int = 0,
 ) -> list[Suggestion]:
-    """Choose the images of a site to label: typical ones that are unlike each other.
+    """Choose the images of a site to label: a random sample of them, spread over all kinds of images.
 
     An image is described by what the unadapted network makes of it, in one forward: mean and deviation of the features
-    at every norm layer, area of every class, and confidence. All three count alike, in standard deviations among the
-    images. One by one, the image is chosen that lowers the mean distance from an image to the nearest chosen one the
-    most. So the first is the most typical image, near-duplicates of a chosen one gain nothing, and a single outlier
-    gains little. There is no random draw. Such images are not a random sample: what holds for images drawn at random
-    need not hold for them.
+    at every norm layer, area of every class, and confidence. The three count alike, in standard deviations among the
+    images. Every image has the same chance to be drawn, so that means over the sample are right on average, as of a
+    plain random sample; but near-duplicates are rarely drawn together, so that these means scatter less (local pivotal
+    method: A. Grafstroem, N. Lundstroem and L. Schelin, Spatially balanced sampling through the pivotal method,
+    Biometrics, 2012). Typical images alone, or images as different as possible, would be no such sample.
 
     An image that cannot be read or used is left out, with a line in the log.
 
@@ -80,14 +82,15 @@ def suggest(
         network: the source network, whose state is left as it is.
         images: dicts with ``image`` (C, \\*spatial), preprocessed as for inference, such as a ``Dataset``. ``name`` is
             optional, and so is ``group``, such as the patient: a group's second image is suggested only when every
-            group has one.
+            group has one. Then images of large groups have a lower chance than others.
         k: number of images to suggest, at least 1.
         head: ``sigmoid``, or ``softmax`` with a background channel before the classes.
         device: where the network is; None uses the device of its first parameter.
         inferer: how the network runs over an image; None for whole images.
+        seed: of the draws; the same seed and images give the same suggestions.
 
     Returns:
-        ``k`` suggestions, the most useful one first, or all images if there are fewer.
+        ``k`` suggestions in the order of the images, or all images if there are fewer.
 
     Raises:
         ValueError: for another head or k, or if no image can be used.
@@ -95,17 +98,20 @@ def suggest(
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
         >>> dark, light = ([{"image": gain * torch.rand(3, 16, 16)} for _ in range(6)] for gain in (0.2, 1.0))
-        >>> sorted(one.stands_for for one in suggest(network, [*dark, *light], k=2))
-        [6, 6]
+        >>> [one.reason for one in suggest(network, [*dark, *light], k=2)]
+        ['nearest to 6 of 12 images', 'nearest to 6 of 12 images']
     """
     if k < 1:
         raise ValueError(f"k must be at least 1 image, got {k}")
     described = describe(network, images, head, device, inferer)
     if not described:
         raise ValueError("no image can be used: see the lines above for what is wrong with each")
+    distances = distances_between(described)
+    chosen = spread_sample(distances, min(k, len(described)), [one.group for one in described], seed)
+    counts = torch.bincount(distances[chosen].argmin(dim=0), minlength=len(chosen)).tolist()
     return [
-        Suggestion(described[i].place, described[i].name, stands_for, len(described))
-        for i, stands_for in choose(described, k).items()
+        Suggestion(described[i].place, described[i].name, count, len(described))
+        for i, count in zip(chosen, counts, strict=True)
     ]
 
 
@@ -182,25 +188,62 @@ def describe(
     return described
 
 
-def choose(described: Sequence[Description], k: int) -> dict[int, int]:
-    """Return the places of up to ``k`` chosen descriptions, and how many descriptions are nearest to each."""
-    distances = torch.zeros(len(described), len(described))
-    for i in range(len(described[0].layers)):
-        distances += _squares([one.layers[i] for one in described]) / len(described[0].layers)
-    for i in range(len(described[0].prediction)):
-        distances += _squares([one.prediction[i] for one in described])
-    distances.sqrt_()
+def distances_between(described: Sequence[Description]) -> Tensor:
+    """Return the distances of images (N, N): by their layers, areas and confidence, which count alike."""
+    squares = torch.zeros(len(described), len(described))
+    for columns in zip(*(one.layers for one in described), strict=True):
+        squares += _squares(columns) / len(described[0].layers)
+    for columns in zip(*(one.prediction for one in described), strict=True):
+        squares += _squares(columns)
+    return squares.sqrt()
+
+
+def spread_sample(distances: Tensor, k: int, groups: Sequence[Hashable], seed: int = 0) -> list[int]:
+    """Return ``k`` places drawn at random, of as many groups as possible, so that few of them are close together.
+
+    The local pivotal method: all images have the same chance at first. A random one and its nearest neighbour among
+    those undecided fight over the sum of their chances, until one of them is in or out; a chance is won with the
+    probability that leaves its expected value as it was.
+
+    Args:
+        distances: of the images, (N, N).
+        k: number of images, at most N.
+        groups: of each image.
+        seed: of the draws.
+    """
+    rng = np.random.default_rng(seed)
+    of_group: dict[Hashable, list[int]] = {}
+    for place, group in enumerate(groups):
+        of_group.setdefault(group, []).append(place)
     chosen: list[int] = []
-    nearest = torch.full((len(described),), torch.inf)
-    while len(chosen) < min(k, len(described)):
-        taken = {described[i].group for i in chosen}
-        left = [i for i in range(len(described)) if i not in chosen]
-        left = [i for i in left if described[i].group not in taken] or left
-        costs = torch.minimum(nearest, distances[left]).mean(dim=1)
-        chosen.append(left[int(costs.argmin())])
-        nearest = torch.minimum(nearest, distances[chosen[-1]])
-    owners = distances[chosen].argmin(dim=0)
-    return dict(zip(chosen, torch.bincount(owners, minlength=len(chosen)).tolist(), strict=True))
+    while len(chosen) < k:
+        # one image of each group, as long as that is enough
+        pool = [int(rng.choice(places)) for places in of_group.values() if places]
+        chosen += pool if len(pool) <= k - len(chosen) else _pivotal(distances.numpy(), pool, k - len(chosen), rng)
+        of_group = {group: [p for p in places if p not in chosen] for group, places in of_group.items()}
+    return sorted(chosen)
+
+
+def _pivotal(distances: np.ndarray, pool: Sequence[int], k: int, rng: np.random.Generator) -> list[int]:
+    chances = dict.fromkeys(pool, k / len(pool))
+    chosen: list[int] = []
+    while len(chances) > 1:
+        undecided = np.array(list(chances))
+        one = int(rng.choice(undecided))
+        others = undecided[undecided != one]
+        other = int(others[distances[one, others].argmin()])
+        total = chances[one] + chances[other]
+        if total < 1:
+            winner, loser = (one, other) if rng.random() * total < chances[one] else (other, one)
+            chances[winner] = total
+            del chances[loser]
+        else:
+            winner, loser = (one, other) if rng.random() * (2 - total) < 1 - chances[other] else (other, one)
+            chances[loser] = total - 1
+            del chances[winner]
+            chosen.append(winner)
+    # the last one's chance is 0 or 1, but for rounding
+    return [*chosen, *chances][:k]
 
 
 @contextmanager

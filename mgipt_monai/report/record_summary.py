@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mgipt_monai.installed import require
-from mgipt_monai.stream.summary import aligned, image_means
+from mgipt_monai.stream.summary import aligned, drift_alarms, image_means
 
 from .tables import percent
 
@@ -35,6 +35,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "decision": str,
     "learned": bool,
     "metrics": dict,
+    "monitor": dict,
     **dict.fromkeys(("seconds", "forwards", "backwards", "loss_before", "loss_after", "prompt_norm"), (int, float)),
 }
 
@@ -88,6 +89,7 @@ def _parse(line: bytes) -> Row | None:
         fits = row["status"] in ("ok", "failed") and all(
             isinstance(row[key], TYPES[key]) for key in TYPES.keys() & row.keys()
         )
+        fits = fits and ("monitor" not in row or isinstance(row["monitor"]["alarm"], bool))
         time = time_of(row)
         if time is not None and time.tzinfo is None:
             return None
@@ -144,7 +146,7 @@ def alerts(rows: Sequence[Row]) -> list[str]:
         ['2 of the latest 20 images failed']
     """
     done = [row for row in rows if row["status"] == "ok"]
-    return [*_failures(rows), *_fallbacks(done), *_losses(done), *_prompts(done), *_gaps(rows)]
+    return [*drift_alarms(rows), *_failures(rows), *_fallbacks(done), *_losses(done), *_prompts(done), *_gaps(rows)]
 
 
 def _failures(rows: Sequence[Row]) -> Iterator[str]:
