@@ -155,10 +155,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--configs", nargs="*", type=Path, default=[], help="config overlays, such as that of the task")
     parser.add_argument("--ckpt_path", help="source weights (default: those of the bundle)")
     options = parser.parse_args(arguments)
-    logging.getLogger("mgipt_monai.commissioning").setLevel(logging.ERROR)  # each alarm is a line of the log
     for line in real(options) if options.sites else simulation(options):
         print(line, flush=True)
 
 
 if __name__ == "__main__":
+    logging.getLogger("mgipt_monai.commissioning").setLevel(logging.ERROR)  # each alarm is a line of the log
     main()

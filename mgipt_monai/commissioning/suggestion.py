@@ -201,9 +201,10 @@ def distances_between(described: Sequence[Description]) -> Tensor:
 def spread_sample(distances: Tensor, k: int, groups: Sequence[Hashable], seed: int = 0) -> list[int]:
     """Return ``k`` places drawn at random, of as many groups as possible, so that few of them are close together.
 
-    The local pivotal method: all images have the same chance at first. A random one and its nearest neighbour among
-    those undecided fight over the sum of their chances, until one of them is in or out; a chance is won with the
-    probability that leaves its expected value as it was.
+    The local pivotal method: all images have the same chance at first. Two undecided images that are each other's
+    nearest neighbours meet, found by going from a random one to ever closer neighbours. One of them gets the other's
+    chance as far as there is room, so that at least one is in or out. Which one is drawn, so that the expected chance
+    of both stays as it was.
 
     Args:
         distances: of the images, (N, N).
@@ -228,10 +229,10 @@ def _pivotal(distances: np.ndarray, pool: Sequence[int], k: int, rng: np.random.
     chances = dict.fromkeys(pool, k / len(pool))
     chosen: list[int] = []
     while len(chances) > 1:
-        undecided = np.array(list(chances))
-        one = int(rng.choice(undecided))
-        others = undecided[undecided != one]
-        other = int(others[distances[one, others].argmin()])
+        one = int(rng.choice(list(chances)))
+        other, distance = _nearest(distances, one, chances)
+        while (closer := _nearest(distances, other, chances))[1] < distance:
+            one, (other, distance) = other, closer
         total = chances[one] + chances[other]
         if total < 1:
             winner, loser = (one, other) if rng.random() * total < chances[one] else (other, one)
@@ -244,6 +245,12 @@ def _pivotal(distances: np.ndarray, pool: Sequence[int], k: int, rng: np.random.
             chosen.append(winner)
     # the last one's chance is 0 or 1, but for rounding
     return [*chosen, *chances][:k]
+
+
+def _nearest(distances: np.ndarray, place: int, among: Iterable[int]) -> tuple[int, float]:
+    others = np.array([other for other in among if other != place])
+    found = int(others[distances[place, others].argmin()])
+    return found, float(distances[place, found])
 
 
 @contextmanager
