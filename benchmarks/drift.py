@@ -5,8 +5,8 @@ With simulated signals:
 
     python benchmarks/drift.py
 
-With real images: the areas, confidence, brightness and contrast of random images of one site, in random order, then
-those of another site:
+With real images: the areas, confidence, brightness and contrast of images of one site in random order, of which the
+first are the reference (or, for a column, suggested ones), then those of another site:
 
     python benchmarks/drift.py --sites SITES --configs configs/fundus_odoc.yaml --ckpt_path WEIGHTS.pt
 """
@@ -25,6 +25,7 @@ from monai.bundle import ConfigParser
 from torch import Tensor
 
 from mgipt_monai.commissioning import DriftMonitor
+from mgipt_monai.commissioning.suggestion import describe, distances_between, spread_sample
 
 ROOT = Path(__file__).parents[1]
 INFERENCE = ROOT / "bundle" / "configs" / "inference.yaml"
@@ -65,40 +66,61 @@ def signals_of(image: Tensor, logits: Tensor, head: str) -> dict[str, float]:
     return {**areas, **{name: float(value) for name, value in rest.items()}}
 
 
-def measured(configs: Sequence[Path], **settings: object) -> dict[str, Values]:
-    """Return each site's signals, with the network of the bundle, not adapted."""
+def measured(configs: Sequence[Path], **settings: object) -> dict[str, tuple[Values, Tensor]]:
+    """Return each site's signals, with the network of the bundle, not adapted, and its images' distances."""
     parser = ConfigParser(ConfigParser.load_config_files([str(INFERENCE), *map(str, configs)]))
     parser.update({"bundle_root": str(ROOT / "bundle"), "device": "$torch.device('cpu')", **settings})
     parser["stream"] = "@found_images"
     parser.get_parsed_content("initialize")
     network, head = parser.get_parsed_content("network").eval(), parser.get_parsed_content("head")
-    found: dict[str, list[dict[str, float]]] = {}
+    items: dict[str, list[dict]] = {}
     for item in parser.get_parsed_content("dataset"):
+        items.setdefault(item["site"], []).append(item)
+    found = {}
+    for site, of_site in items.items():
         with torch.no_grad():
-            image = item["image"].as_tensor()
-            found.setdefault(item["site"], []).append(signals_of(image, network(image[None])[0], head))
-    return {site: {name: np.array([row[name] for row in rows]) for name in rows[0]} for site, rows in found.items()}
+            images = [item["image"].as_tensor() for item in of_site]
+            rows = [signals_of(image, network(image[None])[0], head) for image in images]
+        values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        found[site] = values, distances_between(describe(network, of_site, head))
+    return found
 
 
 def between_sites(
-    reference: Values, then: Sequence[Values], k: int, before: int | None, repeats: int, false_alarms: float
+    reference: Values, other: Values, k: int, before: int, repeats: int, false_alarms: float
 ) -> np.ndarray:
-    """Return the first alarm of each repeat, counted from the change to other sites after ``before`` images, or all."""
+    """Return the first alarm of each repeat, counted from the change to another site after ``before`` images."""
     alarms = []
     for repeat in range(repeats):
         rng = np.random.default_rng(repeat)
-        parts = [shuffled(values, rng) for values in (reference, *then)]
-        first = {name: row[:k].tolist() for name, row in parts[0].items()}
-        own = {name: row[k:][:before] for name, row in parts[0].items()}
-        stream = {name: np.concatenate([own[name], *(part[name] for part in parts[1:])]) for name in own}
-        changed_after = 0 if before is None else before
-        alarms.append(first_alarm(DriftMonitor(first, false_alarms, seed=repeat), stream) - changed_after)
+        own, others = shuffled(reference, rng), shuffled(other, rng)
+        stream = {name: np.concatenate([row[k : k + before], others[name]]) for name, row in own.items()}
+        alarms.append(first_alarm(started(own, k, false_alarms, repeat), stream) - before)
     return np.array(alarms)
 
 
-def shuffled(values: Values, rng: np.random.Generator) -> Values:
-    """Return the images in random order."""
+def within_a_site(
+    values: Values, k: int, repeats: int, false_alarms: float, distances: Tensor | None = None
+) -> np.ndarray:
+    """Return the first alarm of each repeat on a site's own images; with their distances, the reference is suggested."""
+    alarms = []
+    for repeat in range(repeats):
+        first = [] if distances is None else spread_sample(distances, k, range(len(distances)), repeat)
+        own = shuffled(values, np.random.default_rng(repeat), first)
+        rest = {name: row[k:] for name, row in own.items()}
+        alarms.append(first_alarm(started(own, k, false_alarms, repeat), rest))
+    return np.array(alarms)
+
+
+def started(values: Values, k: int, false_alarms: float, seed: int) -> DriftMonitor:
+    """Return a monitor whose reference is the first ``k`` images."""
+    return DriftMonitor({name: row[:k].tolist() for name, row in values.items()}, false_alarms, seed=seed)
+
+
+def shuffled(values: Values, rng: np.random.Generator, first: Sequence[int] = ()) -> Values:
+    """Return the images in random order, behind those that come first."""
     order = rng.permutation(len(next(iter(values.values()))))
+    order = np.array([*first, *order[~np.isin(order, first)]], dtype=int)
     return {name: row[order] for name, row in values.items()}
 
 
@@ -127,16 +149,16 @@ def real(options: argparse.Namespace) -> Iterator[str]:
     names = None if options.names is None else options.names.split(",")
     settings = {} if options.ckpt_path is None else {"ckpt_path": options.ckpt_path}
     sites = measured(options.configs, dataset_dir=options.sites, sites=names, **settings)
-    few = options.repeats // 4
-    yield "| site | images | k | false alarms, % |\n|---|--:|--:|--:|"
-    for (site, values), k in itertools.product(sites.items(), options.k):
-        alarms = between_sites(values, [], k, None, options.repeats, options.false_alarms)
-        count = len(next(iter(values.values())))
-        yield f"| {site} | {count} | {k} | {100 * np.mean(np.isfinite(alarms)):.1f} |"
+    rate = options.false_alarms
+    yield "| site | images | k | false alarms, % | with a suggested reference, % |\n|---|--:|--:|--:|--:|"
+    for (site, (values, distances)), k in itertools.product(sites.items(), options.k):
+        alarms = [within_a_site(values, k, options.repeats, rate, given) for given in (None, distances)]
+        shares = " | ".join(f"{100 * np.mean(np.isfinite(each)):.1f}" for each in alarms)
+        yield f"| {site} | {len(distances)} | {k} | {shares} |"
     yield "\n| site | then | k | images before | false alarms, % | noticed, % | median | 90th percentile |"
     yield "|---|---|--:|--:|--:|--:|--:|--:|"
     for (site, other), k, before in itertools.product(itertools.permutations(sites, 2), options.k, (0, 30)):
-        alarms = between_sites(sites[site], [sites[other]], k, before, few, options.false_alarms)
+        alarms = between_sites(sites[site][0], sites[other][0], k, before, options.repeats // 4, rate)
         yield f"| {site} | {other} | {k} | {before} | {cells(alarms)} |"
 
 

@@ -77,7 +77,14 @@ def test_each_alert_by_hand(latest: list[dict], words: str) -> None:
 
 def monitored(i: int, alarm: bool, site: str = "A") -> dict:
     evidence = 1.5 if alarm else 0.1 * i
-    monitor = {"alarm": alarm, "signal": "brightness", "evidence_against": evidence, "limit": 1.3, "p": {}, "signals": {}}
+    monitor = {
+        "alarm": alarm,
+        "signal": "brightness",
+        "evidence_against": evidence,
+        "limit": 1.3,
+        "p": {},
+        "signals": {},
+    }
     return row(i, site=site, monitor=monitor)
 
 
