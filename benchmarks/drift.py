@@ -102,7 +102,7 @@ def between_sites(
 def within_a_site(
     values: Values, k: int, repeats: int, false_alarms: float, distances: Tensor | None = None
 ) -> np.ndarray:
-    """Return the first alarm of each repeat on a site's own images; with their distances, the reference is suggested."""
+    """Return the first alarm of each repeat on a site's own images, with a suggested reference if given distances."""
     alarms = []
     for repeat in range(repeats):
         first = [] if distances is None else spread_sample(distances, k, range(len(distances)), repeat)

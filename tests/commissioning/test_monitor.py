@@ -158,7 +158,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(path: tuple) -
     for key in keys:
         place = place[key]
     place[last] = value
-    with pytest.raises(ValueError, match="state|lacks|dict"):
+    with pytest.raises(ValueError, match=r"state|lacks|dict"):
         monitor.load_adaptation_state(damaged)
     assert monitor.adaptation_state() == before
 
