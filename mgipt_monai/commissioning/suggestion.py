@@ -19,12 +19,13 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from mgipt_monai.data.datalists import write_datalist
-from mgipt_monai.data.dataset import FAILURE
+from mgipt_monai.data.dataset import FAILURE, MACHINE, MEMORY
 from mgipt_monai.methods.base import check_image
 from mgipt_monai.networks.alignment import find_measurable_layers, instance_statistics
 from mgipt_monai.networks.alignment.layers import layer_features
 from mgipt_monai.networks.alignment.norms import network_turn
 from mgipt_monai.utils.files import file_names
+from mgipt_monai.utils.machine import MachineFailureError
 
 __all__ = ["Suggestion", "suggest", "write_suggestions"]
 
@@ -53,8 +54,9 @@ class Suggestion:
     @property
     def reason(self) -> str:
         """Why to label it, in words."""
-        share = f"{self.stands_for} of {self.images} images"
-        return f"nearest to {share}" if self.stands_for > 1 else f"like no other of {self.images} images"
+        if self.stands_for == 0:  # all images like it are nearest to an equal one
+            return "the same as another suggestion"
+        return f"nearest to {self.stands_for} of {self.images} images" if self.stands_for > 1 else "one of its kind"
 
 
 def suggest(
@@ -93,6 +95,7 @@ def suggest(
         ``k`` suggestions in the order of the images, or all images if there are fewer.
 
     Raises:
+        MachineFailureError: if the machine failed at an image, such as by lost memory.
         ValueError: for another head or k, or if no image can be used.
 
     Example:
@@ -175,6 +178,8 @@ def describe(
         for index, item in enumerate(images):
             name = str(item.get("name") or next(iter(file_names(item)), f"image {index + 1}"))
             try:
+                if MACHINE in item:
+                    raise MachineFailureError(item[MACHINE], bool(item.get(MEMORY)))
                 if FAILURE in item:
                     raise ValueError(item[FAILURE])
                 image = convert_to_tensor(item["image"], dtype=torch.float32, device=device, track_meta=False)[None]

@@ -16,6 +16,7 @@ from monai.inferers import SlidingWindowInferer
 from mgipt_monai import find_stream
 from mgipt_monai.commissioning import suggest, write_suggestions
 from mgipt_monai.commissioning.suggestion import describe, distances_between, spread_sample
+from mgipt_monai.utils.machine import MachineFailureError
 from tests.conftest import MixedNet, identical, snapshot, stream, tiny_network
 
 GAINS = (0.3, 0.6, 1.0)
@@ -111,6 +112,8 @@ def test_images_that_cannot_be_used_are_left_out_and_named(caplog: pytest.LogCap
     assert [record.message.split(":")[0] for record in caplog.records] == ["gone is left out", "flat is left out"]
     with pytest.raises(ValueError, match="no image can be used"):
         suggest(tiny_network(), [flat])
+    with pytest.raises(MachineFailureError, match="the disk is gone"):
+        suggest(tiny_network(), [{"failure": "", "machine": "the disk is gone", "memory": False}])
 
 
 def test_wrong_settings_are_refused() -> None:
