@@ -5,8 +5,8 @@ With simulated signals:
 
     python benchmarks/drift.py
 
-With real images: the areas, confidence, brightness and contrast of images of one site in random order, of which the
-first are the reference (or, for a column, suggested ones), then those of another site:
+With real images: the areas, confidence, brightness and contrast of the images of one site, some of which are the
+reference, and then those of another site:
 
     python benchmarks/drift.py --sites SITES --configs configs/fundus_odoc.yaml --ckpt_path WEIGHTS.pt
 """
@@ -100,15 +100,33 @@ def between_sites(
 
 
 def within_a_site(
-    values: Values, k: int, repeats: int, false_alarms: float, distances: Tensor | None = None
+    values: Values,
+    k: int,
+    repeats: int,
+    false_alarms: float,
+    distances: Tensor | None = None,
+    in_order: bool = False,
 ) -> np.ndarray:
-    """Return the first alarm of each repeat on a site's own images, with a suggested reference if given distances."""
+    """Return the first alarm of each repeat on a site's own images.
+
+    Args:
+        values: of the site.
+        k: reference images, drawn at random.
+        repeats: number of draws.
+        false_alarms: stated rate.
+        distances: of the site's images, to take suggested ones as the reference instead.
+        in_order: whether the other images come in the order of their names, not at random.
+    """
     alarms = []
     for repeat in range(repeats):
-        first = [] if distances is None else spread_sample(distances, k, range(len(distances)), repeat)
-        own = shuffled(values, np.random.default_rng(repeat), first)
-        rest = {name: row[k:] for name, row in own.items()}
-        alarms.append(first_alarm(started(own, k, false_alarms, repeat), rest))
+        rng = np.random.default_rng(repeat)
+        count = len(next(iter(values.values())))
+        order = rng.permutation(count)
+        first = order[:k] if distances is None else spread_sample(distances, k, range(count), repeat)
+        rest = np.setdiff1d(np.arange(count), first) if in_order else order[~np.isin(order, first)]
+        own = {name: row[[*first, *rest]] for name, row in values.items()}
+        stream = {name: row[k:] for name, row in own.items()}
+        alarms.append(first_alarm(started(own, k, false_alarms, repeat), stream))
     return np.array(alarms)
 
 
@@ -117,10 +135,9 @@ def started(values: Values, k: int, false_alarms: float, seed: int) -> DriftMoni
     return DriftMonitor({name: row[:k].tolist() for name, row in values.items()}, false_alarms, seed=seed)
 
 
-def shuffled(values: Values, rng: np.random.Generator, first: Sequence[int] = ()) -> Values:
-    """Return the images in random order, behind those that come first."""
+def shuffled(values: Values, rng: np.random.Generator) -> Values:
+    """Return the images in random order."""
     order = rng.permutation(len(next(iter(values.values()))))
-    order = np.array([*first, *order[~np.isin(order, first)]], dtype=int)
     return {name: row[order] for name, row in values.items()}
 
 
@@ -150,9 +167,11 @@ def real(options: argparse.Namespace) -> Iterator[str]:
     settings = {} if options.ckpt_path is None else {"ckpt_path": options.ckpt_path}
     sites = measured(options.configs, dataset_dir=options.sites, sites=names, **settings)
     rate = options.false_alarms
-    yield "| site | images | k | false alarms, % | with a suggested reference, % |\n|---|--:|--:|--:|--:|"
+    yield "| site | images | k | random order: alarms, % | suggested reference: alarms, % | by name: alarms, % |"
+    yield "|---|--:|--:|--:|--:|--:|"
     for (site, (values, distances)), k in itertools.product(sites.items(), options.k):
-        alarms = [within_a_site(values, k, options.repeats, rate, given) for given in (None, distances)]
+        ways: list[dict] = [{}, {"distances": distances}, {"in_order": True}]
+        alarms = [within_a_site(values, k, options.repeats, rate, **way) for way in ways]
         shares = " | ".join(f"{100 * np.mean(np.isfinite(each)):.1f}" for each in alarms)
         yield f"| {site} | {len(distances)} | {k} | {shares} |"
     yield "\n| site | then | k | images before | false alarms, % | noticed, % | median | 90th percentile |"
