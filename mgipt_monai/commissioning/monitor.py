@@ -67,8 +67,8 @@ class DriftMonitor:
     filtrations, 2024 (why means of several need care).
 
     Args:
-        reference: a signal's name to its values on the labelled images. NaN is left out, and a signal with fewer than
-            two values is not watched.
+        reference: a signal's name to its values on the labelled images. NaN and None are left out, and a signal with
+            fewer than two values is not watched.
         false_alarms: probability of an alarm at any time without drift, above 0 and below 1.
         horizon: number of values that are kept per signal.
         seed: of the draws, which depend on the number of images alone.
@@ -93,7 +93,7 @@ class DriftMonitor:
 
     def __init__(
         self,
-        reference: Mapping[str, Sequence[float]],
+        reference: Mapping[str, Sequence[float | None]],
         false_alarms: float = 0.05,
         horizon: int = 200,
         seed: int = 0,
@@ -104,7 +104,10 @@ class DriftMonitor:
             raise ValueError(f"horizon must be a whole number of values from {FEWEST}, got {horizon}")
         if not is_whole(seed) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {seed}")
-        finite = {name: [float(v) for v in values if math.isfinite(v)] for name, values in sorted(reference.items())}
+        finite = {
+            name: [float(value) for value in values if value is not None and math.isfinite(value)]
+            for name, values in sorted(reference.items())
+        }
         self.reference = {name: values for name, values in finite.items() if len(values) >= FEWEST}
         if not self.reference:
             raise ValueError(f"no signal has {FEWEST} reference values: give those of all labelled images")

@@ -175,7 +175,7 @@ def test_state_of_another_reference_is_refused() -> None:
         ({"a": [1.0, 2.0]}, {"horizon": 1}, "horizon"),
         ({"a": [1.0, 2.0, 3.0]}, {"horizon": 2}, "3 reference values"),
         ({"a": [1.0, 2.0]}, {"seed": -1}, "seed"),
-        ({"a": [1.0, math.nan]}, {}, "no signal"),
+        ({"a": [1.0, math.nan, None]}, {}, "no signal"),
         ({}, {}, "no signal"),
     ],
 )
