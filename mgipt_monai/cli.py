@@ -7,7 +7,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from monai.bundle import ConfigParser
@@ -33,6 +33,7 @@ class BundleCommand:
         weights: whether it takes the source network's weights.
         method: whether it takes a preset of the method.
         resumes: how an interrupted run is continued.
+        short: keys of the bundle that have an option with one dash too, with what they are.
     """
 
     what: str
@@ -43,6 +44,7 @@ class BundleCommand:
     weights: bool = True
     method: bool = True
     resumes: str = "--resume True"
+    short: Mapping[str, str] = field(default_factory=dict)
 
 
 SITES = ("SITES", "folder with SITE/images and SITE/masks for each site, or a list of images (JSON, CSV)")
@@ -98,6 +100,18 @@ BUNDLE_COMMANDS = {
         extra="commission",
         method=False,
         resumes="",
+    ),
+    "suggest": BundleCommand(
+        "choose which images of a site to label",
+        {
+            "dataset_dir": ("IMAGES", "folder, glob pattern or list (JSON, CSV) of images of one site, without masks"),
+            "suggestions_path": ("FILE", "datalist to write (JSON), to which you add the masks"),
+        },
+        ["inference", "suggest"],
+        "mgipt suggest photographs to_label.json -k 10 --weights network.pt",
+        method=False,
+        resumes="",
+        short={"k": "number of images to suggest (default 10)"},
     ),
     "train": BundleCommand(
         "train a source network on sites with masks",
@@ -198,11 +212,12 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
     if absent := [path for path in configs if not path.is_file()]:
         raise FileNotFoundError(f"there is no {absent[0]}: give --bundle a folder such as `mgipt init` writes")
     configs += overlays
+    short = {key: value for key in command.short if (value := options.pop(key)) is not None}
     given = {key: as_path(value) for key, value in options.items() if value is not None}
-    if twice := given.keys() & written.keys():
+    if twice := (given.keys() | short.keys()) & written.keys():
         raise ValueError(f"{', '.join(sorted(twice))} is given twice: leave out --{min(twice)}")
     config = ConfigParser.load_config_files([str(path) for path in configs])
-    run = BundleRun(configs, {**given, **read_settings(written, config, own)})
+    run = BundleRun(configs, {**given, **read_settings({**written, **short}, config, own)})
     run.check()
     if name == "train":
         _check_masks(run)
@@ -255,6 +270,8 @@ def _bundle_parser(name: str, command: BundleCommand) -> argparse.ArgumentParser
     parser.add_argument("--bundle", "--bundle_root", dest="bundle_root", metavar="FOLDER", help="default: `mgipt path`")
     parser.add_argument("--print-command", action="store_true", help="print the equal command of MONAI and end")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for key, what in command.short.items():
+        parser.add_argument(f"-{key}", metavar=key.upper(), help=what)
     parser.add_argument_group(
         "any key of the bundle's configs", "--limit 3, --color_mode RGB, --instance_prompt#steps 5"
     )

@@ -159,6 +159,8 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     def _report(self, figures: dict[str, dict[str, Any]]) -> None:
         if figures["all"]["images"]:
             logger.info("stream of %d images done\n%s", figures["all"]["images"], self.state.summary.table())
+        for alarm in self.state.summary.drift:
+            logger.warning(alarm)
         if self.summary_path is not None:
             with atomic_path(self.summary_path) as part:
                 part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import mgipt_monai
-from mgipt_monai import RecordFile, cli
+from mgipt_monai import RecordFile, cli, find_stream
 from mgipt_monai.bundle_runs import BundleRun, as_path, errors_last, read_settings
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
 from mgipt_monai.installed import find_config, installed, overlays, presets
+from mgipt_monai.utils.outputs import MANIFEST
 from tests.bundle.conftest import BUNDLE, ONE_THREAD, QUICK, ROOT
 from tests.conftest import without_times
 from tests.module_runs import run_module
@@ -93,6 +94,30 @@ def test_evaluate_trains_and_measures_source_images(sites: Path, tmp_path: Path)
     for name in ("source-statistics", "calibrate"):
         mgipt(name, sites / "cold_noisy", tmp_path / f"{name}.pt", "--weights", weights, *small)
         mgipt_monai.SourceStatistics.load(tmp_path / f"{name}.pt")
+
+
+def test_suggest_writes_a_datalist_for_the_masks_and_nothing_else(photographs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "to_label.json"
+    words = ["suggest", photographs, path, "--spatial_size", "[64,64]"]
+    done = mgipt(*words, "-k", 2)
+    chosen = find_stream(path)
+    assert len(chosen) == 2
+    assert [line.split(": ")[0][4:] for line in done.stdout.splitlines()[-2:]] == [item["name"] for item in chosen]
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, MANIFEST}
+    first = path.read_bytes()
+    mgipt(*words, "--k", 2)
+    assert path.read_bytes() == first
+    assert "-k" in mgipt("suggest", "--help").stdout
+    other = tmp_path / "other.json"
+    other.write_text("mine")
+    for words, message in (
+        ([photographs, other], "was not written by a run"),
+        ([photographs, tmp_path / "list.txt"], "must end in .json"),
+        ([photographs, path, "-k", "2", "--k", "3"], "k is given twice"),
+        ([photographs, path, "-k", "0"], "k must be at least 1"),
+    ):
+        assert message in last_line(mgipt("suggest", *words, fails=True))
+    assert other.read_text() == "mine"
 
 
 def test_benchmark_writes_a_report_that_the_other_commands_read(sites: Path, tmp_path: Path) -> None:

@@ -17,11 +17,13 @@ from mgipt_monai import (
     MGIPT,
     AdaptiveInferer,
     RecordFile,
+    Source,
     StreamFailedError,
     StreamingAdaptationEvaluator,
     TestTimeAdaptationHandler,
 )
 from mgipt_monai.data.dataset import FAILURE
+from mgipt_monai.methods.base import Prediction
 from tests.conftest import same_state, stream, tiny_network, without_times
 
 BAD = {FAILURE: "A/bad.png: broken", "name": "A/bad", "site": "A"}
@@ -71,6 +73,25 @@ def test_figures_per_site_and_overall_are_the_means_of_the_images(tmp_path: Path
     assert figures["all"]["metrics"]["dsc"]["disc"] == pytest.approx(sum(disc) / 4)
     assert evaluator.state.metrics["dsc"] == figures["all"]["metrics"]["dsc"]["mean"]
     assert json.loads((tmp_path / "summary.json").read_text()) == figures
+
+
+class Watched(Source):
+    """The source network with a drift monitor that raises its alarm at the third image."""
+
+    def _adapt_and_predict(self, image: torch.Tensor) -> Prediction:
+        prediction = super()._adapt_and_predict(image)
+        monitor = {"alarm": self.images_seen >= 2, "signal": "brightness"}
+        return Prediction(prediction.logits, {**prediction.record, "monitor": monitor})
+
+
+def test_alarm_for_drift_is_said_once_at_the_end(caplog: pytest.LogCaptureFixture) -> None:
+    watched = Watched(tiny_network())
+    StreamingAdaptationEvaluator(
+        "cpu", DataLoader(Dataset(items(5)[:4]), batch_size=1), watched.network, AdaptiveInferer(watched)
+    ).run()
+    (said,) = (record for record in caplog.records if "certificate" in record.message)
+    assert said.levelname == "WARNING"
+    assert "the images of A have changed (brightness), at A/2 at the latest" in said.message
 
 
 def test_metrics_are_those_of_the_written_prediction() -> None:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commissioning of a site on a few labelled images: choose, correct, certify, deploy."""
+"""Commissioning of a site on a few labelled images: suggest which, choose, correct, certify, deploy."""
 
 from __future__ import annotations
 
 from .commission import Audit, Commissioning, Row, audit, commission
 from .site import commission_site, read_labelled, with_earlier, write_site
+from .suggestion import Suggestion, suggest, write_suggestions
 from .trial import BASES, CANDIDATES
 
 __all__ = [
@@ -13,10 +14,13 @@ __all__ = [
     "Audit",
     "Commissioning",
     "Row",
+    "Suggestion",
     "audit",
     "commission",
     "commission_site",
     "read_labelled",
+    "suggest",
     "with_earlier",
     "write_site",
+    "write_suggestions",
 ]

@@ -355,12 +355,11 @@ class Trial:
         self, method: AdaptationMethod, correction: Correction, images: Sequence[Tensor]
     ) -> dict[str, list[float]]:
         """Return the monitored signals of the labelled images."""
-        learnt, seen = method.adaptation_state(), []
+        is_fixed, seen = not method._state(), []
         for image in images:
             with torch.no_grad():
-                logits = correction.to_logits(method(correction.to_image(image)))
-            seen.append(monitored(image, logits, method.last[0], self.head))
-            method.load_adaptation_state(learnt)
+                logits = correction.to_logits(method(correction.to_image(image))) if is_fixed else None
+            seen.append(monitored(image, logits, self.head))
         return {signal: [signals[signal] for signals in seen] for signal in seen[0]}
 
     def _routed(self, method: AdaptationMethod) -> AdaptationMethod:

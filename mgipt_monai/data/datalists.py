@@ -16,9 +16,9 @@ from typing import Any
 
 from mgipt_monai.data.order import ORDERS, order_stream
 from mgipt_monai.data.streams import find_stream
-from mgipt_monai.utils.outputs import output_file
+from mgipt_monai.utils.outputs import OutputFolder, output_file
 
-__all__ = ["write_datalist"]
+__all__ = ["datalist_file", "write_datalist"]
 
 
 def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike[str], key: str = "testing") -> None:
@@ -43,16 +43,21 @@ def write_datalist(items: Sequence[dict[str, Any]], path: str | os.PathLike[str]
         >>> json.loads((folder / "list.json").read_text())
         {'testing': [{'image': 'eye.png', 'site': 'A', 'name': 'A/eye'}]}
     """
-    if not os.fspath(path).endswith(".json"):
-        raise ValueError(f"a datalist's name must end in .json, got {os.fspath(path)}")
+    target, name = datalist_file(path)
     folder = Path(os.path.abspath(path)).parent
     written = [
         {name: _portable(value, folder) if name in ("image", "label") else value for name, value in item.items()}
         for item in items
     ]
-    target, name = output_file(path)
     with target.writing(name) as part:
         part.write_text(json.dumps({key: written}, indent=2) + "\n", encoding="utf-8")
+
+
+def datalist_file(path: str | os.PathLike[str]) -> tuple[OutputFolder, str]:
+    """Return the folder of a datalist that may be written, and its name; raise the errors of :func:`write_datalist`."""
+    if not os.fspath(path).endswith(".json"):
+        raise ValueError(f"a datalist's name must end in .json, got {os.fspath(path)}")
+    return output_file(path)
 
 
 def _portable(path: Any, folder: Path) -> Any:

@@ -179,7 +179,8 @@ class Commissioned(WrappedMethod):
         logits = correction.to_logits(prediction.logits)
         record = {**prediction.record, "corrected": self.corrected_parts}
         if self.monitor is not None:
-            record["monitor"] = self.monitor.observe(monitored(image, logits, prediction.record, self._head))
+            is_fixed = not self._site.start
+            record["monitor"] = self.monitor.observe(monitored(image, logits if is_fixed else None, self._head))
         return Prediction(logits, record, prediction.uncertainty)
 
     @property
@@ -228,27 +229,27 @@ class Commissioned(WrappedMethod):
         return None
 
 
-def monitored(image: Tensor, logits: Tensor, record: Mapping[str, Any], head: Head) -> dict[str, float]:
+def monitored(image: Tensor, logits: Tensor | None, head: Head) -> dict[str, float]:
     """Return the signals of one image that are compared with the labelled images'.
 
     Args:
         image: (1, C, \\*spatial).
-        logits: (1, K, \\*spatial).
-        record: of the method.
+        logits: (1, K, \\*spatial), of a method that learns nothing from the stream; those of others change by
+            themselves, without any change of the images. None leaves out what is measured in them.
         head: how logits become masks.
 
     Returns:
-        ``mean_C`` and ``std_C`` of the first four channels, ``area_K`` (share of the image), the ``confidence`` (mean
-        probability of the predicted class) and, if the method measures them, ``evidence`` and ``disagreement``.
+        Of each of the first four channels ``mean_C``, ``std_C`` and ``sharpness_C`` (mean difference of neighbours
+        along the last axis); with logits also ``area_K`` (share of the image) and ``confidence`` (mean probability of
+        what is predicted).
     """
     signals = {}
-    for channel, values in enumerate(image[0, :4].flatten(1)):
+    for channel, values in enumerate(image[0, :4]):
         signals[f"mean_{channel}"], signals[f"std_{channel}"] = values.mean().item(), values.std().item()
-    for index, mask in enumerate(binarize(logits, head)[0]):
-        signals[f"area_{index}"] = mask.mean().item()
-    likely = torch.sigmoid(logits.abs()) if head == "sigmoid" else logits.softmax(dim=1).amax(dim=1)
-    signals["confidence"] = likely.mean().item()
-    for key in ("evidence", "disagreement"):
-        if isinstance(record.get(key), float):
-            signals[key] = record[key]
+        signals[f"sharpness_{channel}"] = values.diff(dim=-1).abs().mean().item()
+    if logits is not None:
+        for index, mask in enumerate(binarize(logits, head)[0]):
+            signals[f"area_{index}"] = mask.mean().item()
+        likely = torch.sigmoid(logits.abs()) if head == "sigmoid" else logits.softmax(dim=1).amax(dim=1)
+        signals["confidence"] = likely.mean().item()
     return signals

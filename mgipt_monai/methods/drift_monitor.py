@@ -27,11 +27,9 @@ LATER_SPREAD = 1.5
 """What is bet on, in standard deviations: shifts from the first image on, shifts from a later one on, more spread."""
 PATIENCE = 20.0
 """Images that a change from a later image on is expected after; the stakes on image j fall like 1 / j^2 beyond."""
-EDGE = 1e-9
-"""Keeps quantiles finite."""
 MOST = 1e200
 """Keeps evidence finite; less evidence than there is causes no false alarm."""
-HALVINGS = 30
+HALVINGS = 16
 ROOT = math.sqrt(0.5)
 NORMAL = NormalDist()
 
@@ -40,8 +38,8 @@ class DriftMonitor:
     """Watches whether later images are like the labelled images of a site, by any numbers that describe an image.
 
     Each value of a signal is ranked among those before it, the reference's included. If all images are exchangeable,
-    such as independent images of one site, the ranks are independent and uniform, whatever the signal's distribution
-    (conformal p-values; ties and the place between two values are drawn at random). A test martingale bets against
+    such as independent images of one site, the ranks are independent and all equally likely, whatever the signal's
+    distribution (conformal prediction; the order of equal values is drawn at random). A test martingale bets against
     that: its value is the factor by which a gambler's money has grown who expects ranks to become low, high or
     extreme. Half of the money bets that the images differ from the reference from the first one on, where every
     deviating image also makes the next one look more usual. The other half is split over all later images as the
@@ -69,8 +67,8 @@ class DriftMonitor:
     filtrations, 2024 (why means of several need care).
 
     Args:
-        reference: a signal's name to its values on the labelled images. NaN is left out, and a signal with fewer than
-            two values is not watched.
+        reference: a signal's name to its values on the labelled images. NaN and None are left out, and a signal with
+            fewer than two values is not watched.
         false_alarms: probability of an alarm at any time without drift, above 0 and below 1.
         horizon: number of values that are kept per signal.
         seed: of the draws, which depend on the number of images alone.
@@ -88,14 +86,14 @@ class DriftMonitor:
         False
         >>> seen = [monitor.observe({"brightness": 0.6 + image / 1000}) for image in range(12)]
         >>> [number for number, one in enumerate(seen, start=1) if one["alarm"]][0]
-        5
+        4
         >>> monitor.alarm
         'brightness'
     """
 
     def __init__(
         self,
-        reference: Mapping[str, Sequence[float]],
+        reference: Mapping[str, Sequence[float | None]],
         false_alarms: float = 0.05,
         horizon: int = 200,
         seed: int = 0,
@@ -106,7 +104,10 @@ class DriftMonitor:
             raise ValueError(f"horizon must be a whole number of values from {FEWEST}, got {horizon}")
         if not is_whole(seed) or seed < 0:
             raise ValueError(f"seed must be a whole number from 0, got {seed}")
-        finite = {name: [float(v) for v in values if math.isfinite(v)] for name, values in sorted(reference.items())}
+        finite = {
+            name: [float(value) for value in values if value is not None and math.isfinite(value)]
+            for name, values in sorted(reference.items())
+        }
         self.reference = {name: values for name, values in finite.items() if len(values) >= FEWEST}
         if not self.reference:
             raise ValueError(f"no signal has {FEWEST} reference values: give those of all labelled images")
@@ -144,12 +145,12 @@ class DriftMonitor:
         """
         self.images += 1
         watched, places = {}, {}
-        for (name, signal), (tie, place) in zip(self._signals.items(), self._draws(2).tolist(), strict=True):
+        for (name, signal), tie in zip(self._signals.items(), self._draws(1)[:, 0].tolist(), strict=True):
             value = signals.get(name)
             if value is not None and math.isfinite(value):
                 watched[name] = float(value)
-                rank = signal.add(float(value), tie, place, self.horizon)
-                places[name] = 2 * min(rank, 1 - rank)
+                low, high = signal.add(float(value), tie, self.horizon)
+                places[name] = min(1.0, 2 * high, 2 * (1 - low))
         strongest = max(self._signals, key=lambda name: self._signals[name].evidence)
         evidence = math.log10(self._signals[strongest].evidence / len(self._signals))
         if self.alarm is None and evidence >= self.limit:
@@ -211,28 +212,35 @@ class _Signal:
         unused = PATIENCE / (self.seen + PATIENCE)
         return (_mean(self.first) + _mean(self.later) + unused) / 2
 
-    def add(self, value: float, tie: float, place: float, horizon: int) -> float:
-        """Bet on a value's rank among those before, add it, and return the rank, uniform in (0, 1)."""
+    def add(self, value: float, tie: float, horizon: int) -> tuple[float, float]:
+        """Bet on a value's rank among those before, and add it.
+
+        Returns:
+            The rank's part of (0, 1): the shares of values before that part and up to its end, the value included.
+        """
         at = bisect(self.bag, (value, tie))
-        below = at + sum(self.counts[:at])
-        rank = (below + place * (1 + self.counts[at])) / (self.references + self.seen + 1)
-        self._bet(min(max(rank, EDGE), 1 - EDGE))
+        below, count = at + sum(self.counts[:at]), self.references + self.seen + 1
+        low, high = below / count, (below + 1 + self.counts[at]) / count
+        self._bet(low, high)
         if len(self.bag) < horizon:
             self.bag.insert(at, (value, tie))
             self.counts.insert(at, 0)
         else:
             self.counts[at] += 1
         self.seen += 1
-        return rank
+        return low, high
 
-    def _bet(self, rank: float) -> None:
+    def _bet(self, low: float, high: float) -> None:
         for i, shift in enumerate(FIRST_SHIFTS):
-            self.first[i] = min(MOST, self.first[i] * mixed_gain(rank, shift, self.references, self.seen))
-        x = NORMAL.inv_cdf(rank)
-        gains = [math.exp(shift * x - shift**2 / 2) for shift in LATER_SHIFTS]
-        gains.append(math.exp(x**2 / 2 * (1 - LATER_SPREAD**-2)) / LATER_SPREAD)
+            before, upto = (newer_share(rank, shift, self.references, self.seen) for rank in (low, high))
+            self.first[i] = min(MOST, self.first[i] * max(0.0, upto - before) / (high - low))
+        start, end = quantile(low), quantile(high)
+        shares = [normal_share(end - shift) - normal_share(start - shift) for shift in LATER_SHIFTS]
+        shares.append(normal_share(end / LATER_SPREAD) - normal_share(start / LATER_SPREAD))
         stake = PATIENCE / ((self.seen + PATIENCE) * (self.seen + 1 + PATIENCE))
-        self.later = [min(MOST, (money + stake) * gain) for money, gain in zip(self.later, gains, strict=True)]
+        self.later = [
+            min(MOST, (money + stake) * share / (high - low)) for money, share in zip(self.later, shares, strict=True)
+        ]
 
     def state(self) -> dict[str, Any]:
         """Return the values, counts and money."""
@@ -261,35 +269,44 @@ class _Signal:
         if signal.state()["values"] != state["values"] or sum(signal.counts) != len(reference) + signal.seen - kept:
             raise ValueError(f"the state's values and counts of {name} do not fit each other")
         if Counter(reference) - Counter(state["values"]):
-            raise ValueError(f"the state's values of {name} lack those of the reference: it is of another commissioning")
+            raise ValueError(f"the state's values of {name} are of another commissioning, with another reference")
         return signal
 
 
-def mixed_gain(rank: float, shift: float, before: int, after: int) -> float:
-    """Return the gain of a bet that a value is of the newer of two populations, by its rank among both.
+def newer_share(rank: float, shift: float, before: int, after: int) -> float:
+    """Return the share of the newer of two populations that lies below a rank among both.
+
+    A bet that an image is of the newer one gains this share's increase over the rank's part of (0, 1), divided by that
+    of the rank itself. Over all parts the gains have the mean 1.
 
     Args:
-        rank: of the value, in (0, 1).
+        rank: share of both populations, in [0, 1].
         shift: of the newer population, whose values are normal with this mean; those of the older have the mean 0.
         before: number of values of the older population.
         after: number of values of the newer one.
 
-    Returns:
-        Density of the rank, which has the mean 1 over (0, 1).
-
     Example:
-        >>> round(mixed_gain(0.99, 3.0, before=10, after=0), 1), round(mixed_gain(0.99, 3.0, before=10, after=90), 1)
-        (11.9, 1.1)
+        >>> [round(newer_share(0.9, 3.0, before=10, after=after), 2) for after in (0, 1, 90)]
+        [0.04, 0.15, 0.89]
     """
-    quantile = NORMAL.inv_cdf(rank)  # of the older population; the mixture's lies between the two populations'
-    low, high = sorted((quantile, quantile + shift))
-    target = 2 * rank * (before + after)
+    if not 0 < rank < 1:
+        return rank
+    low, high = sorted((quantile(rank), quantile(rank) + shift))  # the quantiles of each population
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        share = before * math.erfc(-middle * ROOT) + after * math.erfc((shift - middle) * ROOT)
-        low, high = (middle, high) if share < target else (low, middle)
-    older = math.exp(shift**2 / 2 - shift * low)  # its density there, in units of the newer one's
-    return (before + after) / (before * older + after)
+        share = before * normal_share(middle) + after * normal_share(middle - shift)
+        low, high = (middle, high) if share < rank * (before + after) else (low, middle)
+    return normal_share(low - shift)
+
+
+def normal_share(value: float) -> float:
+    """Return the share of the standard normal distribution below a value."""
+    return 0.5 * math.erfc(-value * ROOT)
+
+
+def quantile(rank: float) -> float:
+    """Return the value of the standard normal distribution below which a share of it lies, infinite at 0 and 1."""
+    return NORMAL.inv_cdf(rank) if 0 < rank < 1 else math.copysign(math.inf, rank - 0.5)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -64,6 +64,21 @@ def record_charts(rows: Sequence[Row]) -> list[Chart]:
                 "Euclidean distance of the global prompts from ones (no change to an image), after each image.",
             )
         )
+    if any("monitor" in row for row in rows):
+        monitors = [row.get("monitor", {}) for row in rows]
+        evidence = [
+            row | {key: monitor[key] for key in ("evidence_against", "limit") if isinstance(monitor.get(key), float)}
+            for row, monitor in zip(rows, monitors, strict=True)
+        ]
+        charts.append(
+            _lines(
+                evidence,
+                {"evidence_against": ("evidence", MAIN, "o"), "limit": ("alarm", BASELINE, "_")},
+                "Evidence of drift",
+                "Decimal logarithm of the evidence that images have changed since the site was commissioned. At the "
+                "line the alarm is raised.",
+            )
+        )
     return charts
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mgipt_monai.installed import require
 from mgipt_monai.stream.records import check_metrics, is_number
-from mgipt_monai.stream.summary import aligned, image_means
+from mgipt_monai.stream.summary import aligned, drift_alarms, image_means
 
 from .tables import percent
 
@@ -29,7 +29,7 @@ __all__ = ["Period", "Row", "alerts", "main", "read_records", "record_table", "t
 Row = dict[str, Any]
 Period = Literal["day", "month"]
 
-TYPES = {"status": str, "site": str, "time": str, "decision": str, "learned": bool}
+TYPES: dict[str, type] = {"status": str, "site": str, "time": str, "decision": str, "learned": bool, "monitor": dict}
 NUMBERS = ("seconds", "forwards", "backwards", "loss_before", "loss_after", "prompt_norm")
 
 HEADS = ["site", "", "images", "failed", "adapted", "unadapted", "learned", "s/image", "F", "DSC"]
@@ -85,6 +85,7 @@ def _parse(line: bytes) -> Row | None:
             and all(isinstance(row[key], TYPES[key]) for key in TYPES.keys() & row.keys())
             and all(is_number(row[key]) for key in NUMBERS if key in row)
         )
+        fits = fits and ("monitor" not in row or isinstance(row["monitor"]["alarm"], bool))
         time = time_of(row)
         if time is not None and time.tzinfo is None:
             return None
@@ -141,7 +142,7 @@ def alerts(rows: Sequence[Row]) -> list[str]:
         ['2 of the latest 20 images failed']
     """
     done = [row for row in rows if row["status"] == "ok"]
-    return [*_failures(rows), *_fallbacks(done), *_losses(done), *_prompts(done), *_gaps(rows)]
+    return [*drift_alarms(rows), *_failures(rows), *_fallbacks(done), *_losses(done), *_prompts(done), *_gaps(rows)]
 
 
 def _failures(rows: Sequence[Row]) -> Iterator[str]:

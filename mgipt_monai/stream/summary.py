@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import ignite.distributed as idist
 import numpy as np
 
-__all__ = ["ALL", "StreamSummary", "aligned", "image_means", "image_of", "worst_tenth"]
+__all__ = ["ALL", "StreamSummary", "aligned", "drift_alarms", "image_means", "image_of", "worst_tenth"]
 
 ALL = "all"
 """The key of the figures over all sites."""
@@ -35,6 +35,8 @@ class StreamSummary:
     def add(self, row: dict[str, Any]) -> None:
         """Add one record (see :class:`mgipt_monai.RecordFile`); only its figures and its failure are kept."""
         kept = {key: row.get(key) for key in ("site", "status", "seconds", "metrics")}
+        if monitor := row.get("monitor"):
+            kept |= {"name": row["name"], "monitor": {key: monitor.get(key) for key in ("alarm", "signal")}}
         if row["status"] != "ok":
             kept["failure"] = f"{row['name']}: {row['reason']}"
         self._take(kept)
@@ -49,6 +51,11 @@ class StreamSummary:
     def failures(self) -> list[str]:
         """Name and reason of each image that failed."""
         return [row["failure"] for row in self._rows if "failure" in row]
+
+    @property
+    def drift(self) -> list[str]:
+        """What to do about each alarm for drift, see :func:`drift_alarms`."""
+        return drift_alarms(self._rows)
 
     def of_all_processes(self) -> StreamSummary:
         """Return the summary over all processes of ``torch.distributed``; every process must call this."""
@@ -101,6 +108,33 @@ def aligned(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
         "  ".join(cell.ljust(width) if i < texts else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
         for pairs in (list(zip(line, widths, strict=True)) for line in lines)
     )
+
+
+def drift_alarms(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return for each site whose drift monitor has its alarm on, in the latest record, when it began and what to do.
+
+    Example:
+        >>> monitors = [{"alarm": False, "signal": "area"}, *[{"alarm": True, "signal": "brightness"}] * 2]
+        >>> drift_alarms([{"site": "A", "name": f"eye_{i}", "monitor": m} for i, m in enumerate(monitors)])[0]
+        'the images of A have changed (brightness), at eye_1 at the latest: label ten images from after eye_1 and run \
+mgipt commission again; until then the certificate does not hold'
+    """
+    alarms: dict[str, str | None] = {}
+    for row in rows:
+        monitor = row.get("monitor")
+        if not monitor:
+            continue
+        site = str(row.get("site") or "")
+        if not monitor.get("alarm"):
+            alarms[site] = None
+        elif alarms.get(site) is None:
+            name = row.get("name", "")
+            where = f"the images of {site}" if site else "the images"
+            alarms[site] = (
+                f"{where} have changed ({monitor.get('signal')}), at {name} at the latest: label ten images from after "
+                f"{name} and run mgipt commission again; until then the certificate does not hold"
+            )
+    return [alarm for alarm in alarms.values() if alarm is not None]
 
 
 def image_of(row: Mapping[str, Any]) -> str:

@@ -75,6 +75,51 @@ def test_each_alert_by_hand(latest: list[dict], words: str) -> None:
     assert alert.endswith(words)
 
 
+def monitored(i: int, alarm: bool, site: str = "A") -> dict:
+    evidence = 1.5 if alarm else 0.1 * i
+    monitor = {
+        "alarm": alarm,
+        "signal": "brightness",
+        "evidence_against": evidence,
+        "limit": 1.3,
+        "p": {},
+        "signals": {},
+    }
+    return row(i, site=site, monitor=monitor)
+
+
+def test_alarm_for_drift_says_since_when_and_what_to_do() -> None:
+    rows = [monitored(i, alarm=i >= 5) for i in range(8)]
+    (alert,) = alerts(rows)
+    assert alert == (
+        "the images of A have changed (brightness), at 5 at the latest: label ten images from after 5 and run mgipt "
+        "commission again; until then the certificate does not hold"
+    )
+    # without a monitor in between, and at another site
+    assert alerts([*rows, row(8), monitored(9, alarm=False, site="B")]) == [alert]
+    assert alerts([*rows, monitored(8, alarm=False)]) == []
+    again = [*rows, monitored(8, alarm=False), monitored(9, alarm=True), monitored(9, alarm=True, site="B")]
+    assert [found.split(" (")[0] for found in alerts(again)] == [
+        "the images of A have changed",
+        "the images of B have changed",
+    ]
+    assert "at 9 at the latest" in alerts(again)[0]
+
+
+def test_page_shows_evidence_of_drift(tmp_path: Path) -> None:
+    path = write(tmp_path / "records.jsonl", [monitored(0, alarm=False), row(1), monitored(2, alarm=True)])
+    records.main([str(path), "--html", str(tmp_path / "page.html")])
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>Evidence of drift</h2>" in page
+    assert "run mgipt commission again" in page
+
+
+@pytest.mark.parametrize("monitor", [3, {}, {"alarm": "yes"}, {"alarm": True, "evidence_against": "much"}])
+def test_a_monitor_with_other_types_does_no_harm(tmp_path: Path, monitor: object) -> None:
+    path = write(tmp_path / "records.jsonl", [row(0), row(1, monitor=monitor)])
+    records.main([str(path), "--html", str(tmp_path / "page.html")])
+
+
 def test_changes_below_the_limits_are_no_alerts() -> None:
     rows = [*(row(i) for i in range(120)), failed(120), *(row(i, decision="unadapted") for i in range(121, 124))]
     assert alerts([*rows, row(124, prompt_norm=15.9), row(147)]) == []
