@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from .commission import Audit, Commissioning, Row, audit, commission
+from .audit import Audit, audit
+from .commission import Commissioning, Row, commission
 from .site import commission_site, read_labelled, with_earlier, write_site
 from .suggestion import Suggestion, suggest, write_suggestions
 from .trial import BASES, CANDIDATES

@@ -27,16 +27,14 @@ from mgipt_monai.commissioning.trial import (
     image_means,
     read_candidates,
     read_cases,
-    score,
     unpacked,
 )
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.methods.commissioned import Commissioned, SiteSetting
-from mgipt_monai.methods.source import Source
+from mgipt_monai.methods.commissioned import SiteSetting
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.provenance import fingerprint
 
-__all__ = ["Audit", "Commissioning", "Row", "audit", "commission"]
+__all__ = ["Commissioning", "Row", "check_settings", "commission", "device_of"]
 
 Fallback = Literal["none", "steady"]
 
@@ -184,12 +182,12 @@ def commission(
         >>> result.certified, result.table[0].gain > 0, result.method(images[0][None]).shape
         (True, True, torch.Size([1, 1, 24, 24]))
     """
-    _check_settings(confidence, fallback, tolerated_loss, max_harm, metric, head)
+    check_settings(confidence, fallback, tolerated_loss, max_harm, metric, head)
     known = {**BASES, **(bases or {})}
     wanted = read_candidates([NOTHING, fallback, *candidates], known)
     shared = {"head": head, "statistics_path": statistics, "seed": seed}
     network = network.eval().requires_grad_(False)
-    cases = read_cases(labelled, _device(network) if device is None else device)
+    cases = read_cases(labelled, device_of(network) if device is None else device)
     names = [*map(str, range(cases[0].label.shape[1]))] if class_names is None else list(class_names)
     if len(names) != cases[0].label.shape[1]:
         raise ValueError(f"class_names are {names}, but the labels have {cases[0].label.shape[1]} channels")
@@ -260,7 +258,8 @@ def commission(
     )
 
 
-def _device(network: nn.Module) -> torch.device:
+def device_of(network: nn.Module) -> torch.device:
+    """Return the device of a network's parameters; the CPU for one without any."""
     return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
 
 
@@ -293,108 +292,7 @@ def _case(case: Case, before: np.ndarray, after: np.ndarray, names: Sequence[str
     }
 
 
-@dataclass(frozen=True)
-class Audit:
-    """A commissioned setting on labelled images that it was not fitted to, see :func:`audit`.
-
-    Attributes:
-        holds: whether a gain over no adaptation is proven on these images alone.
-        gain: mean gain over no adaptation.
-        lower: lower bound on it.
-        upper: upper bound on it.
-        harmed: share of the images that lost more than was tolerated.
-        cases: for each image its name, SHA-256 and metric without and with the setting.
-        statement: what follows, in a sentence.
-    """
-
-    holds: bool
-    gain: float
-    lower: float
-    upper: float
-    harmed: float
-    cases: list[dict[str, Any]]
-    statement: str
-
-
-def audit(
-    network: nn.Module,
-    labelled: Iterable[Mapping[str, Any]],
-    setting: SiteSetting,
-    base: Mapping[str, Any],
-    *,
-    head: Head = "sigmoid",
-    confidence: float = 0.9,
-    tolerated_loss: float = 0.01,
-    metric: Metric = "dice",
-    boundary: float = 2.0,
-    bound: Bound = "student",
-    statistics: str | None = None,
-    inferer: Inferer | None = None,
-    known: Iterable[str] = (),
-    device: torch.device | str | None = None,
-    seed: int = 0,
-) -> Audit:
-    """Check a certificate on new labelled images of the site: nothing is fitted, so every image is a fair test.
-
-    Args:
-        network: the frozen source network.
-        labelled: as for :func:`commission`.
-        setting: what was deployed.
-        base: the method inside, as a bundle's config has it.
-        head: how logits become masks.
-        confidence: of the bounds, in (0, 1).
-        tolerated_loss: loss of metric from which an image counts as harmed.
-        metric: as for :func:`commission`.
-        boundary: as for :func:`commission`.
-        bound: as for :func:`commission`.
-        statistics: file of source statistics, for networks without batch norm.
-        inferer: for volumes that are larger than the network's window.
-        known: SHA-256 of images that it was commissioned on, which are refused.
-        device: for the images; None takes that of the network.
-        seed: of what is random in a method.
-
-    Raises:
-        ValueError: as :func:`commission`, and for an image that the setting was fitted to.
-    """
-    _check_settings(confidence, NOTHING, tolerated_loss, 1.0, metric, head)
-    network = network.eval().requires_grad_(False)
-    cases, known = read_cases(labelled, _device(network) if device is None else device), set(known)
-    if seen := [case.name for case in cases if case.sha256 in known]:
-        raise ValueError(f"{', '.join(seen[:4])}: the site was commissioned on this image: audit it on new ones")
-    plain = build_base(base, network, shared={"head": head, "statistics_path": statistics, "seed": seed})
-    methods: list[AdaptationMethod] = [Source(network), Commissioned(plain, setting, head)]
-    values = []
-    for method in methods:
-        if inferer is not None:
-            method.predict_through(inferer)
-        scored = [score(method(case.image), case.label, head, metric, boundary)[0] for case in cases]
-        values.append(image_means(np.stack(scored)))
-    before, after = values
-    gains = by_group(after - before, cases)
-    lower, upper = lower_bound(gains, confidence, bound), -lower_bound(-gains, confidence, bound)
-    holds, count = lower > 0, len(gains)
-    verdict = (
-        f"The gain is proven again: more than {100 * lower:.1f} points"
-        if holds
-        else f"It harms: the loss is more than {-100 * upper:.1f} points; do not use the setting"
-        if upper < 0
-        else "No gain is proven on these images alone: label more, or commission the site again"
-    )
-    return Audit(
-        holds=holds,
-        gain=float(gains.mean()),
-        lower=lower,
-        upper=upper,
-        harmed=float((gains < -tolerated_loss).mean()),
-        cases=[
-            {"name": case.name, "sha256": case.sha256, "before": float(b), "after": float(a)}
-            for case, b, a in zip(cases, before, after, strict=True)
-        ],
-        statement=f"On {count} new labelled images the setting gains {100 * gains.mean():.1f} points. {verdict}.",
-    )
-
-
-def _check_settings(
+def check_settings(
     confidence: float,
     fallback: str,
     tolerated_loss: float,
@@ -402,6 +300,7 @@ def _check_settings(
     metric: str,
     head: str,
 ) -> None:
+    """Raise ValueError, with the value and the choices, for a setting that is out of range."""
     check_head(head)
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}")

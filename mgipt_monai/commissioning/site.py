@@ -15,7 +15,8 @@ from typing import Any, Literal
 import yaml  # type: ignore[import-untyped]
 from torch import nn
 
-from mgipt_monai.commissioning.commission import Audit, Commissioning, audit, commission
+from mgipt_monai.commissioning.audit import Audit, audit
+from mgipt_monai.commissioning.commission import Commissioning, commission
 from mgipt_monai.data.dataset import FAILURE
 from mgipt_monai.methods.commissioned import SiteSetting
 from mgipt_monai.stream.pseudonyms import Pseudonyms
