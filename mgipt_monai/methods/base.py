@@ -16,8 +16,7 @@ from monai.transforms import Randomizable
 from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
-from mgipt_monai.networks.alignment.norms import method_turn, network_turn
-from mgipt_monai.networks.alignment.windows import ForwardRoute
+from mgipt_monai.networks.alignment.windows import ForwardRoute, method_turn, network_turn
 from mgipt_monai.utils.state_checks import check_keys, check_number
 
 if TYPE_CHECKING:

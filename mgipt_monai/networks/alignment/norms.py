@@ -7,12 +7,9 @@ with a mean and a deviation. :class:`BlendedNorms` and :class:`mgipt_monai.netwo
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +26,7 @@ from mgipt_monai.networks.alignment.shortcuts import ChannelsLast, ForwardEnd, F
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, parts
 
-__all__ = ["AlignedNorms", "BlendedNorms", "Normalization", "check_normalization", "method_turn", "network_turn"]
+__all__ = ["AlignedNorms", "BlendedNorms", "Normalization", "check_normalization"]
 
 Normalization = Literal["instance", "calibrated", "source"]
 """``instance``: the image's own statistics; ``calibrated``: a blend of the source's and the image's;
@@ -316,50 +313,3 @@ class BlendedNorms(AlignedNorms):
         """Return the blend of :class:`AlignedNorms`, without gradient for ``calibrated``."""
         blend = super().blend(name, mean, std)
         return blend if blend is None or self.normalization != "calibrated" else blend._replace(fixed=True)
-
-
-# kept here rather than on the modules, which are copied and pickled
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def _lock(module: nn.Module) -> Any:
-    with _making:
-        return _locks.setdefault(module, threading.RLock())
-
-
-def method_turn(method: nn.Module) -> Any:
-    """Return the lock of a method's state; a thread that holds it may enter it again."""
-    return _lock(method)
-
-
-@contextmanager
-def network_turn(network: nn.Module) -> Iterator[None]:
-    """Keep other threads' methods off a network, and off all networks that share one of its layers.
-
-    Whoever runs the network itself while methods in other threads adapt with it must do so here. A thread that needs
-    the turn of a method as well takes that one first.
-
-    Example:
-        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-        >>> with network_turn(network), network_turn(network[0]):
-        ...     network.training
-        True
-    """
-    layers = [module for module in network.modules() if next(module.children(), None) is None]
-    with ExitStack() as stack:
-        # in one order, whatever the order of the layers in the networks that share them
-        for lock in sorted(map(_lock, layers), key=id):
-            stack.enter_context(lock)
-        yield
-
-
-def _begin_child() -> None:
-    """Forget what the parent's other threads hold, since they do not exist in a forked process."""
-    global _making
-    _making = threading.Lock()
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_child)
