@@ -10,6 +10,7 @@ from .bn import BatchNormAdaptation
 from .guard import Guard, Guarded, Verdict
 from .mgipt import MGIPT
 from .site_correction import SiteCorrection
+from .site_memory import SiteMemory
 from .source import Source
 from .vptta import VPTTA
 from .weight_updates import SAR, CoTTA, GraTa, Tent
@@ -25,6 +26,7 @@ __all__ = [
     "Guard",
     "Guarded",
     "SiteCorrection",
+    "SiteMemory",
     "Source",
     "Tent",
     "Verdict",

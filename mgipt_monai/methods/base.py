@@ -262,6 +262,7 @@ class AdaptationMethod(nn.Module, ABC):
         Raises:
             ValueError: if the state does not fit; the message names the difference, and nothing is changed.
         """
+        state = self._completed(state)
         check_keys("adaptation state", state, {"version", "method", "images_seen", *self._state()})
         method = state["method"]
         for key, found, expected in (
@@ -332,6 +333,10 @@ class AdaptationMethod(nn.Module, ABC):
     def _state(self) -> dict[str, Any]:
         """Return what the method keeps between images."""
         return {}
+
+    def _completed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state with what those of earlier versions lack."""
+        return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Restore what ``_state`` returned; raise ValueError, without changing anything, if it does not fit."""
