@@ -48,8 +48,9 @@ class SiteMemory(nn.Module):
     """Keeps what a method has learnt at several sites, and tells from an image's signature at which site it is.
 
     An image near the current site continues it. One near another known site goes back there: what was learnt there
-    takes the place of what was learnt since. One that is near none opens a new site, which goes on from a copy. So a
-    jump of the stream is a decision, and what comes after it leaves the old site as it was.
+    takes the place of what was learnt since. One that is near none opens a new site, which starts from a copy of what
+    was learnt at the nearest. So a jump of the stream is a decision, and what comes after it leaves the old site as it
+    was.
 
     The distance of an image from a site is in spreads of the site's images, as root mean square over the channels. A
     site's averages follow its latest images, each clipped to 1.5 spreads. If there are too many sites, the one with the
@@ -102,8 +103,8 @@ class SiteMemory(nn.Module):
             learnt: returns a copy of what the method has learnt so far; called if the image is not at the current site.
 
         Returns:
-            What was learnt at the image's site if that is another one that is known; otherwise None, and the method
-            goes on from what it has.
+            What the method goes on from: what was learnt at the image's site or, for a new site, at the nearest; None
+            if that is what the method has.
 
         Raises:
             ValueError: if the signature has other channels than the sites.
@@ -115,28 +116,32 @@ class SiteMemory(nn.Module):
                 f"the first norm layer has {seen.shape[1]} channels, the known sites have "
                 f"{self._sites[0].averages.shape[1]}: start a new stream with reset()"
             )
-        at, found = self._find(signature), None
-        if at != 0:
-            if self._sites:
-                self._sites[0].learnt = learnt()
-            if at is None:
+        found = None
+        if not self._sites:
+            self._open(seen)
+        else:
+            current = self._sites[0]
+            nearest, distance = self._find(signature)
+            is_new = distance > self.max_distance
+            if is_new or nearest is not current:
+                current.learnt = learnt()
+                found = None if nearest is current else nearest.learnt
+            if is_new:
                 self._open(seen)
-            else:
-                self._sites.insert(0, self._sites.pop(at))
-                found, self._sites[0].learnt = self._sites[0].learnt, None
+            elif nearest is not current:
+                self._sites.remove(nearest)
+                self._sites.insert(0, nearest)
+                nearest.learnt = None
         self._add(signature)
         return found
 
-    def _find(self, signature: Tensor) -> int | None:
-        """Return the place of the image's site; None if it is near none."""
-        if not self._sites:
-            return None
+    def _find(self, signature: Tensor) -> tuple[_Site, float]:
+        """Return the nearest site and its distance; in the warm-up that is the only one."""
         best = max(self._sites, key=lambda site: min(site.count, SETTLED))
         if best.count < self.warm_up:
-            return 0
+            return self._sites[0], 0.0
         distances = [self._distance(signature, site, best) for site in self._sites]
-        nearest = min(range(len(distances)), key=distances.__getitem__)
-        return nearest if distances[nearest] <= self.max_distance else None
+        return min(zip(self._sites, distances, strict=True), key=lambda pair: pair[1])
 
     def _distance(self, signature: Tensor, site: _Site, best: _Site) -> float:
         # few images say little about their spread

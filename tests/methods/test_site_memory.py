@@ -111,6 +111,16 @@ def test_a_new_site_goes_on_from_a_copy() -> None:
     assert same_state(learnt(method), learnt(plain))
 
 
+def test_a_new_site_starts_from_the_nearest_and_not_from_the_latest() -> None:
+    # else a good image that is a little unusual would go on from what an attack has left
+    memory = SiteMemory()
+    settled(memory)
+    assert memory.visit(signature(100.0), lambda: {"at": "home"}) is None
+    assert memory.visit(signature(10.0), lambda: {"at": "attack"}) == {"at": "home"}
+    assert [site.learnt for site in memory._sites] == [None, {"at": "attack"}, {"at": "home"}]
+    assert memory.visit(signature(0.0), lambda: {"at": "unusual"}) == {"at": "home"}
+
+
 def test_first_images_count_as_one_site_whatever_they_are() -> None:
     method = steady(memory=SiteMemory(warm_up=6))
     for image in (HOME[0], strange(1)[0], *HOME[1:3], *strange(2)):
