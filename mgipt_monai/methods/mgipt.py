@@ -40,9 +40,8 @@ Tuning = Literal["instance", "released"]
 class MGIPT(Remembering):
     """Multi-scale Global-Instance Prompt Tuning (arXiv 2602.05937) around a frozen segmentation network.
 
-    Only the global prompts are kept between images, for a few sites: some hundred numbers each and no image content.
-    Cost with the default sizes: 42 to 58 F (F is one forward of the network; a backward to the prompts counts as
-    another F); a guard adds 1 F.
+    Only the global prompts are kept between images: a few hundred numbers for each of a few sites, no image content.
+    Cost with the default sizes: 42 to 58 F (a forward, or a backward to the prompts, is 1 F); a guard adds 1 F.
 
     Args:
         network: a network with batch norm that stores its statistics, or any network with ``statistics``; it is frozen
@@ -169,6 +168,7 @@ class MGIPT(Remembering):
         self.norms.start(image)
         self._backwards = 0
         self._seed_jitter()
+        self.global_prompts.prepare(image)
 
         tuning = self.instance_prompt.tune(image, self._loss, lambda prompt: self._consistency(image, prompt))
         if self.global_prompts.sizes:
