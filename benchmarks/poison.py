@@ -5,26 +5,36 @@ Every fifth image of the stream is poison, and one kind repeats an image many ti
 are the same in all runs. Prints their mean DSC:
 
     python benchmarks/poison.py --sites SITES --limit 20 --configs configs/fundus_odoc.yaml --ckpt_path WEIGHTS.pt
+
+With ``--after N``, N good images are followed by an attack of many poison images and by N other good ones. Prints the
+change of the mean DSC of the latter, and of the first five of them, against the same stream without the attack:
+
+    python benchmarks/poison.py --after 20 --sites SITES --names SITE --configs configs/fundus_odoc.yaml \\
+      --ckpt_path WEIGHTS.pt
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+import torch
 from monai.bundle import ConfigWorkflow
 from monai.data import create_test_image_2d
+from monai.metrics import compute_dice
 from PIL import Image
+from torch.nn import functional
 
-from mgipt_monai import RecordFile, StreamFailedError, find_stream
+from mgipt_monai import AdaptationMethod, RecordFile, StreamFailedError, find_stream
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
 from mgipt_monai.stream.summary import image_means
@@ -35,7 +45,17 @@ GUARD = ROOT / "configs" / "guard.yaml"
 EVERY = 5
 MIXED = ("black", "white", "noise", "organ", "nan")
 KINDS = (*MIXED, "mixed", "repeat")
+ATTACKS = {"creep": 40, "creep_dark": 40, "alternate": 30, "dark": 150, "noise": 30, "organ": 30}
+"""Kinds of attack with their number of images."""
+CHANGED = ("creep", "creep_dark", "alternate", "dark")
+"""Attacks with changed good images; the others are poison as above."""
+PRESETS: dict[str, tuple[Path, ...]] = {
+    "default": (),
+    "steady": (ROOT / "configs" / "presets" / "steady.yaml",),
+    "guard": (GUARD,),
+}
 Item = dict[str, Any]
+Loader = Callable[[Item], tuple[torch.Tensor, torch.Tensor]]
 
 
 def write_poison(kind: str, folder: Path, index: int, size: int, organs: Sequence[str]) -> str:
@@ -86,6 +106,110 @@ def poisoned(good: Sequence[Item], kind: str, repeats: int, write: Callable[[str
     return stream
 
 
+def attacking(kind: str, number: int, count: int, picture: np.ndarray) -> np.ndarray:
+    """Return a good image as one of an attack.
+
+    Args:
+        kind: ``creep``: brighter and brighter until most of it is white; ``creep_dark``: darker and darker until most
+            of it is black; ``alternate``: too dark and too bright in turn; ``dark``: nearly black with fresh noise.
+        number: number of the image in the attack, from 0.
+        count: number of images in the attack.
+        picture: the good image, values 0 to 255.
+    """
+    share = (number + 1) / count
+    changed = {
+        "creep": lambda: picture * (1 + 3 * share),
+        "creep_dark": lambda: picture - 150 * share,
+        "alternate": lambda: picture + (150 if number % 2 else -120),
+        "dark": lambda: 0.1 * picture + np.random.default_rng(number).normal(0, 8, picture.shape),
+    }[kind]()
+    return np.clip(changed.round(), 0, 255).astype("uint8")
+
+
+def attack(kind: str, good: Sequence[Item], folder: Path, size: int, organs: Sequence[str]) -> list[Item]:
+    """Write the images of an attack and return their items; those that come out constant are left out."""
+    count, items = ATTACKS[kind], []
+    for number in range(count):
+        if kind in CHANGED:
+            item = good[0 if kind == "dark" else number % len(good)]
+            values = attacking(kind, number, count, np.asarray(_picture(item["image"])).astype("float64"))
+            path = str(folder / f"{kind}_{number:04d}.png")
+            if values.min() == values.max():
+                continue
+            Image.fromarray(values).save(path)
+        else:
+            path = write_poison(kind, folder, number, size, organs)
+        items.append({"image": path, "label": good[0]["label"], "site": "poison", "name": f"poison/{number:04d}"})
+    return items
+
+
+def adapt(stream: Sequence[Item], configs: Sequence[Path], **settings: Any) -> tuple[AdaptationMethod, Loader]:
+    """Build the bundle's method, adapt it to a stream, and return it with what reads further items."""
+    workflow = ConfigWorkflow(
+        config_file=[str(path) for path in configs],
+        workflow_type="infer",
+        logging_file=False,
+        bundle_root=str(ROOT / "bundle"),
+        output_dir="unused",
+        **settings,
+    )
+    workflow.parser["handlers"], workflow.parser["evaluator#summary_path"] = [], None
+    workflow.parser["stream"] = list(stream)
+    workflow.initialize()
+    get: Callable[[str], Any] = workflow.parser.get_parsed_content
+    method, transform = get("method"), get("preprocessing")
+
+    def load(item: Item) -> tuple[torch.Tensor, torch.Tensor]:
+        read = transform(dict(item))
+        return read["image"].as_tensor()[None], read["label"].as_tensor()[None]
+
+    for item in stream:
+        method(load(item)[0])
+    return method, load
+
+
+def dice(method: AdaptationMethod, load: Loader, stream: Sequence[Item]) -> np.ndarray:
+    """Return the DSC in percent of each image of a stream, adapting to it."""
+    found = []
+    for item in stream:
+        image, label = load(item)
+        logits = functional.interpolate(method(image), size=label.shape[2:], mode="bilinear")
+        found.append(100 * compute_dice((logits > 0).float(), label).nan_to_num(1.0).mean().item())
+    return np.array(found)
+
+
+def after(
+    good: Sequence[Item], rest: Sequence[Item], kinds: Sequence[str], folder: Path, organs: Sequence[str],
+    configs: Sequence[Path], **settings: Any,
+) -> Iterator[tuple[str, float, np.ndarray]]:  # fmt: skip
+    """Measure how attacks change the DSC of the good images after them.
+
+    Args:
+        good: good images; the attacks come after the first half.
+        rest: other images of the site, which the attacks change.
+        kinds: attacks.
+        folder: where poison is written.
+        organs: images of another organ.
+        configs: the bundle's configs.
+        settings: of the bundle.
+
+    Yields:
+        Each attack, the mean DSC without it, and the change of the DSC of each image after it.
+    """
+    half, size = len(good) // 2, Image.open(good[0]["image"]).width
+    method, load = adapt(good[:half], configs, **settings)
+    state = copy.deepcopy(method.adaptation_state())
+    clean = dice(method, load, good[half:])
+    for kind in kinds:
+        method.load_adaptation_state(copy.deepcopy(state))
+        for item in attack(kind, rest, folder, size, organs):
+            with contextlib.suppress(ValueError):  # refused
+                method(load(item)[0])
+        # the place in the stream seeds the jitter: what differs then is the attack's doing alone
+        method.images_seen = half
+        yield kind, float(clean.mean()), dice(method, load, good[half:]) - clean
+
+
 def run(stream: Sequence[Item], configs: Sequence[Path], folder: Path, **settings: Any) -> list[dict[str, Any]]:
     """Run the bundle over a stream and return the records, including those of failed images."""
     folder.mkdir(parents=True)
@@ -121,6 +245,32 @@ def row(kind: str, guard: bool, records: Sequence[dict[str, Any]], clean: dict[s
     )
 
 
+def print_after(
+    options: argparse.Namespace, sites: str | Path, names: Sequence[str] | None, folder: Path, organs: Sequence[str],
+    settings: dict[str, Any],
+) -> None:  # fmt: skip
+    """Print the table of ``--after``."""
+    print("| preset | site | attack | DSC without | change | first five | worst image |")
+    print("|---|---|---|--:|--:|--:|--:|")
+    if options.no_memory:
+        settings = {**settings, "memory": None}
+    stream = find_stream(sites, sites=names, labelled=True)
+    for preset, site in itertools.product(options.presets, dict.fromkeys(item["site"] for item in stream)):
+        # every third image, so that the images come from all of the site
+        items = [item for item in stream if item["site"] == site]
+        good, rest = items[::3][: 2 * options.after], items[1::3]
+        (folder / preset / site).mkdir(parents=True)
+        configs = [*CONFIGS, *options.configs, *PRESETS[preset]]
+        for kind, clean, change in after(
+            good, rest, options.attacks, folder / preset / site, organs, configs, **settings
+        ):
+            print(
+                f"| {preset} | {site} | {kind} | {clean:.2f} | {change.mean():+.2f} | {change[:5].mean():+.2f} "
+                f"| {change.min():+.2f} |",
+                flush=True,
+            )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark with the command-line options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -128,15 +278,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--names", help="comma-separated sites to use (default all)")
     parser.add_argument("--limit", type=int, default=8, help="good images per site (default %(default)s)")
     parser.add_argument("--organ", help="images of another organ (default: synthetic images)")
-    parser.add_argument(
-        "--kinds", default=",".join(KINDS), help="comma-separated kinds of poison (default %(default)s)"
-    )
+    parser.add_argument("--kinds", help=f"comma-separated kinds of poison: {', '.join(KINDS)} (default all)")
+    parser.add_argument("--after", type=int, help="measure this number of good images after an attack")
+    parser.add_argument("--attacks", default=",".join(ATTACKS), help="comma-separated attacks (default %(default)s)")
+    parser.add_argument("--presets", default=",".join(PRESETS), help="comma-separated presets (default %(default)s)")
+    parser.add_argument("--no_memory", action="store_true", help="with --after: without the memory of sites")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--repeats", type=int, default=500, help="copies of the repeated image (default %(default)s)")
     parser.add_argument("--configs", nargs="*", type=Path, default=[], help="config overlays, such as that of the task")
     parser.add_argument("--ckpt_path", help="source weights (default: those of the bundle)")
     options = parser.parse_args(arguments)
-    if unknown := set(options.kinds.split(",")) - set(KINDS):
-        parser.error(f"no kind {', '.join(sorted(unknown))}; there are {', '.join(KINDS)}")
+    for name, known in (("kinds", KINDS), ("attacks", ATTACKS), ("presets", PRESETS)):
+        chosen = (getattr(options, name) or ",".join(known)).split(",")
+        if unknown := set(chosen) - set(known):
+            parser.error(f"no {', '.join(sorted(unknown))} in --{name}; there are {', '.join(known)}")
+        setattr(options, name, chosen)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     settings = {} if options.ckpt_path is None else {"ckpt_path": options.ckpt_path}
     organs = [item["image"] for item in find_stream(options.organ)] if options.organ else []
 
@@ -149,6 +307,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sites, [CAMERAS[n] for n in ("low_contrast", "warm_vignetted", "cold_noisy")], options.limit
             )
         names = options.names.split(",") if options.names else None
+        if options.after:
+            print_after(options, sites, names, folder, organs, settings)
+            return
         good = find_stream(sites, sites=names, labelled=True, limit=options.limit)
         (folder / "poison").mkdir()
         size = Image.open(good[0]["image"]).width
@@ -157,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             configs = [*CONFIGS, *options.configs, *([GUARD] if guard else [])]
             clean_records = run(good, configs, folder / f"clean_{guard}", **settings)
             clean = {r["name"]: 100 * image_means(r)["dsc"] for r in clean_records}
-            for kind in options.kinds.split(","):
+            for kind in options.kinds:
                 stream = poisoned(
                     good, kind, options.repeats, lambda k, i: write_poison(k, folder / "poison", i, size, organs)
                 )

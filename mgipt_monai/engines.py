@@ -23,7 +23,7 @@ from torch import nn
 from mgipt_monai.data.dataset import FAILURE, KIND, MACHINE, MEMORY, PLACE
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.metrics import ImageMeasures
-from mgipt_monai.networks.alignment.norms import network_turn
+from mgipt_monai.networks.alignment.windows import network_turn
 from mgipt_monai.stream.signals import stopping_cleanly
 from mgipt_monai.stream.summary import StreamSummary
 from mgipt_monai.utils.files import atomic_path, file_names, root_cause, with_file_name

@@ -17,7 +17,7 @@ from monai.inferers import Inferer, SimpleInferer, SliceInferer
 from torch import Tensor, nn
 
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.networks.alignment.norms import method_turn, network_turn
+from mgipt_monai.networks.alignment.windows import method_turn, network_turn
 from mgipt_monai.stream.pseudonyms import Pseudonyms
 from mgipt_monai.stream.records import Identifiers, RecordFile, check_identifiers, json_types
 from mgipt_monai.stream.state_file import StreamFile, read

@@ -23,7 +23,7 @@ from mgipt_monai.data.dataset import FAILURE, MACHINE, MEMORY
 from mgipt_monai.methods.base import check_image
 from mgipt_monai.networks.alignment import find_measurable_layers, instance_statistics
 from mgipt_monai.networks.alignment.layers import layer_features
-from mgipt_monai.networks.alignment.norms import network_turn
+from mgipt_monai.networks.alignment.windows import network_turn
 from mgipt_monai.utils.files import file_names
 from mgipt_monai.utils.machine import MachineFailureError
 

@@ -12,6 +12,7 @@ from .drift_monitor import DriftMonitor
 from .guard import Guard, Guarded, Verdict
 from .mgipt import MGIPT
 from .site_correction import SiteCorrection
+from .site_memory import SiteMemory
 from .source import Source
 from .vptta import VPTTA
 from .weight_updates import SAR, CoTTA, GraTa, Tent
@@ -29,6 +30,7 @@ __all__ = [
     "Guard",
     "Guarded",
     "SiteCorrection",
+    "SiteMemory",
     "SiteSetting",
     "Source",
     "Tent",

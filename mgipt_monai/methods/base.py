@@ -16,8 +16,7 @@ from monai.transforms import Randomizable
 from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
-from mgipt_monai.networks.alignment.norms import method_turn, network_turn
-from mgipt_monai.networks.alignment.windows import ForwardRoute
+from mgipt_monai.networks.alignment.windows import ForwardRoute, method_turn, network_turn
 from mgipt_monai.utils.state_checks import check_keys, check_number
 
 if TYPE_CHECKING:
@@ -263,6 +262,7 @@ class AdaptationMethod(nn.Module, ABC):
         Raises:
             ValueError: if the state does not fit; the message names the difference, and nothing is changed.
         """
+        state = self._completed(state)
         check_keys("adaptation state", state, {"version", "method", "images_seen", *self._state()})
         method = state["method"]
         for key, found, expected in (
@@ -333,6 +333,10 @@ class AdaptationMethod(nn.Module, ABC):
     def _state(self) -> dict[str, Any]:
         """Return what the method keeps between images."""
         return {}
+
+    def _completed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a state with what those of earlier versions lack."""
+        return state
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Restore what ``_state`` returned; raise ValueError, without changing anything, if it does not fit."""

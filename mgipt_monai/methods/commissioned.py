@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.methods.drift_monitor import DriftMonitor
 from mgipt_monai.methods.wrapped import WrappedMethod
-from mgipt_monai.networks.alignment.norms import network_turn
+from mgipt_monai.networks.alignment.windows import network_turn
 from mgipt_monai.networks.correction import Correction
 from mgipt_monai.networks.prompts.early_stop import Head, binarize, check_head
 from mgipt_monai.utils.files import load_state, save_state

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """MGIPT, structured like the paper's overview figure (arXiv 2602.05937).
 
-For each image, in this order: the multi-scale global prompts take one step and their teachers follow (MGP, Eq. 5); an
-instance prompt is learnt from scratch and grown while growing helps (AIP, Eq. 3 and 4); the prompted views are
+For each image, in this order: an instance prompt is learnt from scratch and grown while growing helps (AIP, Eq. 3 and
+4); the multi-scale global prompts take one step and their teachers follow (MGP, Eq. 5); the prompted views are
 predicted with calibrated normalisation (Eq. 6) and fused by their confidence (Eq. 7). Both kinds of prompts multiply
 low-frequency amplitudes (Eq. 1) and minimise the alignment loss (Eq. 2) at the frozen network's norm layers.
 """
@@ -20,9 +20,10 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.transforms import Randomizable
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import AdaptationMethod, Prediction, build_part
+from mgipt_monai.methods.base import Prediction, build_part
 from mgipt_monai.methods.budget import fit
 from mgipt_monai.methods.guard import Guard, Guarded
+from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
 from mgipt_monai.networks.alignment.norms import Normalization
 from mgipt_monai.networks.alignment.source_statistics import read_statistics
@@ -36,12 +37,11 @@ __all__ = ["MGIPT"]
 Tuning = Literal["instance", "released"]
 
 
-class MGIPT(AdaptationMethod):
+class MGIPT(Remembering):
     """Multi-scale Global-Instance Prompt Tuning (arXiv 2602.05937) around a frozen segmentation network.
 
-    Only the global prompts are kept between images: a few hundred numbers and no image content. Cost with the default
-    sizes: 42 to 58 F (F is one forward of the network; a backward to the prompts counts as another F); a guard adds
-    1 F.
+    Only the global prompts are kept between images: a few hundred numbers for each of a few sites, no image content.
+    Cost with the default sizes: 42 to 58 F (a forward, or a backward to the prompts, is 1 F); a guard adds 1 F.
 
     Args:
         network: a network with batch norm that stores its statistics, or any network with ``statistics``; it is frozen
@@ -61,6 +61,8 @@ class MGIPT(AdaptationMethod):
             ``instance`` for the first image of a stream and ``calibrated`` afterwards.
         guard: decides for each image whether its adapted prediction is used and whether the global prompts learn from
             it; the method is then wrapped in :class:`mgipt_monai.methods.Guarded`. None always does both.
+        memory: keeps the global prompts of several sites apart, so that images from elsewhere do not spoil them:
+            ``default``, a :class:`SiteMemory` with other settings, or None to learn from all images alike.
         max_forwards: maximum number of forwards and backwards per image. Parts are left out to meet it, in the order of
             :func:`mgipt_monai.methods.budget.plan`, and listed in the record's ``dropped``. None leaves nothing out.
             For whole images or single slices only, since the number of windows depends on the volume.
@@ -105,6 +107,7 @@ class MGIPT(AdaptationMethod):
         source_weight: float = 0.8,
         tuning: Tuning = "instance",
         guard: Guard | None = None,
+        memory: SiteMemory | Literal["default"] | None = "default",
         max_forwards: int | None = None,
         head: Head = "sigmoid",
         seed: int = 0,
@@ -118,7 +121,7 @@ class MGIPT(AdaptationMethod):
         check_head(head)
         self.aligned_layers, self.source_weight = aligned_layers, source_weight
         self.statistics = read_statistics(statistics)
-        super().__init__(network)
+        super().__init__(network, memory)
         self.tuning, self.head, self.seed = tuning, head, seed
         self.instance_prompt = build_part(
             InstancePrompt, instance_prompt, shared={"lr": lr}, own={"steps": steps, "sizes": instance_sizes}
@@ -157,6 +160,7 @@ class MGIPT(AdaptationMethod):
             ConfidenceEnsemble(one_channel="constant"),
             jitter,
             tuning="released",
+            memory=None,
             **settings,
         )
 
@@ -164,14 +168,18 @@ class MGIPT(AdaptationMethod):
         self.norms.start(image)
         self._backwards = 0
         self._seed_jitter()
+        self.global_prompts.prepare(image)
 
-        global_losses = self.global_prompts.step(image, self._loss)
         tuning = self.instance_prompt.tune(image, self._loss, lambda prompt: self._consistency(image, prompt))
+        if self.global_prompts.sizes:
+            self._visit(image)
+        global_losses = self.global_prompts.step(image, self._loss)
 
         with torch.no_grad():
             views = [self.instance_prompt(image)] if self._shows_instance else []
             logits = self.norms.predict(torch.cat([*views, self.global_prompts(image)]), "calibrated")
-            fused = self.ensemble(logits, has_instance=bool(views)) if self._has_prompts else logits
+            has_prompts = self.instance_prompt.sizes or self.global_prompts.sizes  # max_forwards may leave none
+            fused = self.ensemble(logits, has_instance=bool(views)) if has_prompts else logits
             uncertainty, mean = disagreement(logits, self.head)
 
         record = {
@@ -208,11 +216,6 @@ class MGIPT(AdaptationMethod):
         if isinstance(self.jitter, Randomizable):
             seed = np.random.SeedSequence((self.seed, self.images_seen)).generate_state(1)[0]
             self.jitter.set_random_state(seed=int(seed))
-
-    @property
-    def _has_prompts(self) -> bool:
-        """Whether there is any prompt: ``max_forwards`` may leave none."""
-        return bool(self.instance_prompt.sizes or self.global_prompts.sizes)
 
     @property
     def _shows_instance(self) -> bool:
@@ -286,11 +289,12 @@ class MGIPT(AdaptationMethod):
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics, self.route)
 
     def _reset(self) -> None:
+        super()._reset()
         self.instance_prompt.reset()
         self.global_prompts.reset()
 
-    def _state(self) -> dict[str, Any]:
+    def _learnt(self) -> dict[str, Any]:
         return self.global_prompts.adaptation_state()
 
-    def _load_state(self, state: dict[str, Any]) -> None:
-        self.global_prompts.load_adaptation_state(state)
+    def _load_learnt(self, learnt: dict[str, Any]) -> None:
+        self.global_prompts.load_adaptation_state(learnt)

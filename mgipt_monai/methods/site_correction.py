@@ -3,23 +3,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from monai.inferers import SimpleInferer
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import AdaptationMethod, Prediction
+from mgipt_monai.methods.base import Prediction
+from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
 from mgipt_monai.networks.ensemble import disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
+from mgipt_monai.utils.state_checks import check_keys
 
 __all__ = ["SiteCorrection"]
 
 
-class SiteCorrection(AdaptationMethod):
+class SiteCorrection(Remembering):
     """Normalisation with statistics of the site (Eq. 6, with the site in the image's place), weighted by the evidence.
 
     The logits of three predictions are fused: the source's, one corrected to the site (:class:`SiteStatistics`), and
@@ -28,12 +30,14 @@ class SiteCorrection(AdaptationMethod):
     from the source is due to the site, so a site similar to the source is predicted as without adaptation. There are no
     prompts and no gradients, and no weight changes. Cost: 3 F.
 
-    Keeps between images four averages per channel of each norm layer, over the latest images: means and deviations of
-    the features and their squares, without spatial information.
+    Keeps between images four averages per channel of each norm layer, over the latest images of a few sites: means and
+    deviations of the features and their squares, without spatial information.
 
     Args:
         network: the source network, with batch norm that stores its statistics.
         site: None uses :class:`SiteStatistics` with its defaults.
+        memory: keeps the statistics of several sites apart, so that images from elsewhere do not spoil them:
+            ``default``, a :class:`SiteMemory` with other settings, or None to average all images alike.
         trust: reciprocal of the evidence at which the source's weight becomes 0, above 0.
         image_share: weight of the image's own statistics in the third prediction, in [0, 1].
         aligned_layers: regular expression on the names of the norm layers to correct; None corrects all.
@@ -58,6 +62,7 @@ class SiteCorrection(AdaptationMethod):
         network: nn.Module,
         site: SiteStatistics | None = None,
         *,
+        memory: SiteMemory | Literal["default"] | None = "default",
         trust: float = 2.5,
         image_share: float = 0.2,
         aligned_layers: str | None = None,
@@ -69,7 +74,7 @@ class SiteCorrection(AdaptationMethod):
             raise ValueError(f"image_share must be in [0, 1], got {image_share}")
         check_head(head)
         self.trust, self.image_share, self.aligned_layers, self.head = trust, image_share, aligned_layers, head
-        super().__init__(network)
+        super().__init__(network, memory)
         self.site = SiteStatistics() if site is None else site
 
     @torch.no_grad()
@@ -77,7 +82,9 @@ class SiteCorrection(AdaptationMethod):
         norms, site = self.norms, self.site
         norms.start(image)
         site.begin()
-        source = norms.predict(image)
+        with norms.signing():
+            source = norms.predict(image)
+        self._visit(image)
         with norms.corrected_to(site, observe=True):
             corrected = norms.predict_windows(image, "calibrated")
         if not isinstance(self.route.inferer, SimpleInferer):
@@ -107,11 +114,13 @@ class SiteCorrection(AdaptationMethod):
         self.norms = SiteNorms(self.network, self.aligned_layers, route=self.route)
 
     def _reset(self) -> None:
+        super()._reset()
         self.site.reset()
 
-    def _state(self) -> dict[str, Any]:
+    def _learnt(self) -> dict[str, Any]:
         return {"site": self.site.adaptation_state()}
 
-    def _load_state(self, state: dict[str, Any]) -> None:
+    def _load_learnt(self, learnt: dict[str, Any]) -> None:
+        check_keys("state", learnt, {"site"})
         channels = {name: len(self.norms.stored(name)[0]) for name in self.norms.layers}
-        self.site.load_adaptation_state(state["site"], channels)
+        self.site.load_adaptation_state(learnt["site"], channels)

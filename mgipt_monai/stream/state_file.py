@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.networks.alignment.norms import network_turn
+from mgipt_monai.networks.alignment.windows import network_turn
 from mgipt_monai.utils.files import load_state, save_state
 from mgipt_monai.utils.provenance import fingerprint
 from mgipt_monai.utils.state_checks import check_keys, check_number

@@ -164,7 +164,7 @@ def test_odoc_is_in_the_papers_settings() -> None:
     parser = parsed("protocols/odoc.yaml")
     method = parser.get_parsed_content("method")
     assert isinstance(method.network, ResUNet)
-    assert method.settings() == MGIPT(method.network).settings()
+    assert method.settings() == MGIPT(method.network, memory=None).settings()
     assert len(method.norms.layers) == 41
     assert parser["spatial_size"] == [512, 512]
     rows = parser.get_parsed_content("methods")
@@ -180,7 +180,7 @@ def test_polyp_is_in_the_papers_settings() -> None:
     network, encoder = method.network, r"^resnet\."
     assert isinstance(network, PraNet)
     settings = {"lr": 0.01, "steps": 6, "aligned_layers": encoder}
-    assert method.settings() == MGIPT(network, global_sizes=(1, 3, 5), **settings).settings()
+    assert method.settings() == MGIPT(network, global_sizes=(1, 3, 5), memory=None, **settings).settings()
     assert all(name.startswith("resnet.") for name in method.norms.layers)
     assert parser["spatial_size"] == [352, 352]
     rows = parser.get_parsed_content("methods")

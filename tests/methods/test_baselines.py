@@ -277,7 +277,7 @@ def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
     assert name == "bn" or {key: getattr(method, key) for key in expected} == expected
     # the numbers of the overlay are the defaults
     plain = type(method)(tiny_network())
-    for key in set(parser["method"]) - {"_target_", "network", "head", "seed", "jitter", "site"}:
+    for key in set(parser["method"]) - {"_target_", "network", "head", "seed", "jitter", "site", "memory"}:
         value = getattr(method, key)
         assert (tuple(value) if isinstance(value, list) else value) == getattr(plain, key)
 

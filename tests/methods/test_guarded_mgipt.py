@@ -69,7 +69,7 @@ def test_guard_without_thresholds_changes_nothing_but_the_cost(images: list[torc
 
 def test_without_a_guard_state_and_record_have_no_trace_of_it(mgipt: MGIPT, images: list[torch.Tensor]) -> None:
     mgipt(images[0])
-    assert set(mgipt.adaptation_state()) == {"version", "method", "images_seen", "students", "teachers"}
+    assert set(mgipt.adaptation_state()) == {"version", "method", "images_seen", "students", "teachers", "memory"}
     assert not {"decision", "learned", "reasons", "signals"} & set(mgipt.last[0])
 
 

@@ -122,6 +122,12 @@ class Guarded(WrappedMethod):
     def _state(self) -> dict[str, Any]:
         return {**self.method._state(), "guard": self.guard.adaptation_state()}
 
+    def _completed(self, state: dict[str, Any]) -> dict[str, Any]:
+        state = self.method._completed(state)
+        if not isinstance(state, dict) or "guard" not in state:
+            return state
+        return {**state, "guard": self.method._completed(state["guard"])}
+
     def _load_state(self, state: dict[str, Any]) -> None:
         lasting = _Lasting(self.method)
         lasting.check_adaptation_state(state)

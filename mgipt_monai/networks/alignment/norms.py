@@ -7,12 +7,10 @@ with a mean and a deviation. :class:`BlendedNorms` and :class:`mgipt_monai.netwo
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +23,19 @@ from mgipt_monai.networks.alignment.layers import (
     layer_features,
     stored_statistics,
 )
-from mgipt_monai.networks.alignment.shortcuts import ChannelsLast, ForwardEnd, FrozenPReLU
+from mgipt_monai.networks.alignment.shortcuts import ChannelsLast, ForwardEnd, ForwardEndedError, FrozenPReLU
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, parts
 
-__all__ = ["AlignedNorms", "BlendedNorms", "Normalization", "check_normalization", "method_turn", "network_turn"]
+__all__ = ["AlignedNorms", "BlendedNorms", "Normalization", "check_normalization"]
 
 Normalization = Literal["instance", "calibrated", "source"]
 """``instance``: the image's own statistics; ``calibrated``: a blend of the source's and the image's;
 ``source``: the stored ones (plain evaluation)."""
+FARTHEST = 10.0
+"""Bound on each number of a signature."""
+EPS = 1e-5
+"""Added to the variances of a signature, so that silent channels do not divide by zero."""
 
 
 def check_normalization(name: str, value: str) -> None:
@@ -60,6 +62,11 @@ class AlignedNorms:
     Raises:
         ValueError: if no layer can be aligned, ``source_weight`` is outside [0, 1], or, at the first forward, the
             statistics belong to other weights.
+
+    Attributes:
+        signature: how far the image is from the source at the first layer: ``(mean - source_mean) / source_std`` and
+            ``log(std / source_std)`` of each channel, (2, C). The first :meth:`loss` since :meth:`start` takes it, or
+            the forwards within :meth:`signing`; None before.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
@@ -98,6 +105,9 @@ class AlignedNorms:
         self._replaced: list[tuple[nn.Module, Any]] | None = None
         self.thread: int | None = None  # the one that aligns; in others the layers do what they always do
         self._ready_on: torch.device | None = None
+        self.signature: Tensor | None = None
+        self._signs: dict[str, list[Tensor]] | None = None
+        self._ends_at_first = False
 
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
         """Return the blend for a layer, given its features' own mean and deviation (B, C); None uses only these."""
@@ -123,16 +133,59 @@ class AlignedNorms:
         """
         if self.forward_end.is_last(name):
             self.measure(name, features)  # ends the forward: the normalised features are not needed
-        target = None if self.losses is None else lambda mean, std: self.target(name, mean, std)
+        target = None if self.losses is None else lambda mean, std: self._sign(name, mean, std)
         aligned, loss = align(features, self.layers[name], lambda mean, std: self.blend(name, mean, std), target)
         if loss is not None:
             self._collect(name, loss)
         return aligned
 
     def measure(self, name: str, features: Tensor) -> None:
-        """Collect the loss of a layer's features (B, C, \\*spatial)."""
+        """Collect the loss of a layer's features (B, C, \\*spatial), and what the signature needs of them."""
         mean, std = instance_statistics(features)
-        self._collect(name, alignment_loss(mean, std, *self.target(name, mean, std)))
+        target = self._sign(name, mean, std)
+        if self.losses is not None:
+            self._collect(name, alignment_loss(mean, std, *target))
+
+    def measures(self, name: str) -> bool:
+        """Whether a layer's features are needed for the loss or for the signature."""
+        return self.losses is not None or self._signs_at(name)
+
+    def _signs_at(self, name: str) -> bool:
+        return self._signs is not None and (not self._signs or name in self._signs)
+
+    def _sign(self, name: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a layer's target; the statistics of the first layer go into the signature."""
+        if self._signs is not None and self._signs_at(name):
+            source_mean, source_std = AlignedNorms.target(self, name, mean, std)
+            own, source = ((each.detach().square() + EPS).sqrt() for each in (std, source_std))
+            sign = torch.stack([(mean.detach() - source_mean) / source, (own / source).log()])
+            self._signs.setdefault(name, []).append(sign.clamp(-FARTHEST, FARTHEST).mean(dim=1))
+            if self._ends_at_first:
+                raise ForwardEndedError
+        return self.target(name, mean, std)
+
+    @contextmanager
+    def signing(self) -> Iterator[None]:
+        """Take the signature in the forwards of the block, if it is not known: the mean over them."""
+        self._signs = {} if self.signature is None else None
+        try:
+            yield
+            for signs in (self._signs or {}).values():
+                self.signature = torch.stack(signs).mean(dim=0)
+        finally:
+            self._signs = None
+
+    def sign(self, image: Tensor) -> None:
+        """Take the signature of an image (1, C, \\*spatial), which runs up to the first layer: not a whole forward."""
+        windows = Windows(ForwardRoute(), image) if self.windows is None else self.windows
+        forwards, self._ends_at_first = self.forwards, True
+        try:
+            with torch.no_grad(), self._using(image, "source", None), self.signing():
+                for window in windows.cut(image):
+                    with suppress(ForwardEndedError):
+                        self._run(window)
+        finally:
+            self.forwards, self._ends_at_first = forwards, False
 
     def _collect(self, name: str, loss: Tensor) -> None:
         assert self.losses is not None  # layers measure only while losses are collected
@@ -186,7 +239,7 @@ class AlignedNorms:
 
     def start(self, image: Tensor) -> None:
         """Start an image (1, C, \\*spatial): count its forwards, and choose the windows of its loss."""
-        self.forwards = 0
+        self.forwards, self.signature = 0, None
         # the order of the layers is recorded once per image
         self.forward_end = ForwardEnd()
         self.windows = Windows(self.route, image)
@@ -244,7 +297,7 @@ class AlignedNorms:
         Returns:
             One loss per image (B,), differentiable with respect to the images.
         """
-        with self._using(images, normalization, []):
+        with self._using(images, normalization, []), self.signing():
             windows = Windows(ForwardRoute(), images) if self.windows is None else self.windows
             return windows.loss(images, self._measured)
 
@@ -278,7 +331,7 @@ class _AlignedLayer:
                 aligned = norms.align(self.name, features)
                 return aligned if len(x) == norms.images else aligned.movedim(2, 1).flatten(0, 1)
         output = type(layer).forward(layer, x, *args, **kwargs)
-        if norms.losses is not None:
+        if norms.measures(self.name):
             features = layer_features(layer, x, output, norms.images)
             if features is not None:
                 norms.measure(self.name, features)
@@ -319,51 +372,3 @@ class BlendedNorms(AlignedNorms):
         """Return the blend of :class:`AlignedNorms`, without gradient for ``calibrated``."""
         blend = super().blend(name, mean, std)
         return blend if blend is None or self.normalization != "calibrated" else blend._replace(fixed=True)
-
-
-# kept here rather than on the modules, which are copied and pickled
-_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def _lock(module: nn.Module) -> Any:
-    with _making:
-        return _locks.setdefault(module, threading.RLock())
-
-
-def method_turn(method: nn.Module) -> Any:
-    """Return the lock of a method's state; a thread that holds it may enter it again."""
-    return _lock(method)
-
-
-@contextmanager
-def network_turn(network: nn.Module) -> Iterator[None]:
-    """Keep other threads' methods off a network, and off all networks that share one of its layers.
-
-    Whoever changes the network itself, its weights or its mode, while methods in other threads adapt with it must do so
-    here. To run it needs no turn: layers align only in the thread that adapts. A thread that needs the turn of a method
-    as well takes that one first.
-
-    Example:
-        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-        >>> with network_turn(network), network_turn(network[0]):
-        ...     network.training
-        True
-    """
-    layers = [module for module in network.modules() if next(module.children(), None) is None]
-    with ExitStack() as stack:
-        # in one order, whatever the order of the layers in the networks that share them
-        for lock in sorted(map(_lock, layers), key=id):
-            stack.enter_context(lock)
-        yield
-
-
-def _begin_child() -> None:
-    """Forget what the parent's other threads hold, since they do not exist in a forked process."""
-    global _making
-    _making = threading.Lock()
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_child)

@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Volumes larger than the network's window: the windows in which the alignment loss is measured."""
+"""How images go through a network: one thread after another, and larger volumes in windows."""
 
 from __future__ import annotations
 
 import math
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from monai.data.utils import dense_patch_slices
 from monai.inferers import Inferer, SimpleInferer, SliceInferer, SlidingWindowInferer
 from monai.utils import PytorchPadMode, fall_back_tuple
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ForwardRoute", "Windows", "parts"]
+__all__ = ["ForwardRoute", "Windows", "method_turn", "network_turn", "parts"]
 
 SMALL = {1: 2**16, 2: 2**16, 3: 2**18}
 """Maximum number of voxels, by number of spatial axes, of images that go through the network together. Larger images go
@@ -157,3 +161,51 @@ class _PiecewiseLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream.view(-1, *[1] * (gradient.ndim - 1)), None, None, None
+
+
+# kept here rather than on the modules, which are copied and pickled
+_locks: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def _lock(module: nn.Module) -> Any:
+    with _making:
+        return _locks.setdefault(module, threading.RLock())
+
+
+def method_turn(method: nn.Module) -> Any:
+    """Return the lock of a method's state; a thread that holds it may enter it again."""
+    return _lock(method)
+
+
+@contextmanager
+def network_turn(network: nn.Module) -> Iterator[None]:
+    """Keep other threads' methods off a network, and off all networks that share one of its layers.
+
+    Whoever changes the network itself, its weights or its mode, while methods in other threads adapt with it must do so
+    here. To run it needs no turn: layers align only in the thread that adapts. A thread that needs the turn of a method
+    as well takes that one first.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        >>> with network_turn(network), network_turn(network[0]):
+        ...     network.training
+        True
+    """
+    layers = [module for module in network.modules() if next(module.children(), None) is None]
+    with ExitStack() as stack:
+        # in one order, whatever the order of the layers in the networks that share them
+        for lock in sorted(map(_lock, layers), key=id):
+            stack.enter_context(lock)
+        yield
+
+
+def _begin_child() -> None:
+    """Forget what the parent's other threads hold, since they do not exist in a forked process."""
+    global _making
+    _making = threading.Lock()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_child)

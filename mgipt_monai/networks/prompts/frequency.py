@@ -33,6 +33,15 @@ def _dft_rows(size: int, side: int, centred: bool, device: torch.device) -> Tens
         return torch.complex(angle.cos(), angle.sin()).to(torch.complex64).to(device)
 
 
+def check_side(image: Tensor, side: int) -> None:
+    """Raise ValueError if an image (B, C, \\*spatial) is smaller than a prompt."""
+    if side > min(image.shape[2:]):
+        raise ValueError(
+            f"an image of {'x'.join(map(str, image.shape[2:]))} is smaller than a prompt of side {side}: "
+            "use a larger image or smaller prompt sizes"
+        )
+
+
 class LowFrequencies:
     """The lowest frequencies of a batch of images, computed once for any number of prompts.
 
@@ -54,11 +63,7 @@ class LowFrequencies:
 
     def __init__(self, image: Tensor, side: int, centred: bool = True) -> None:
         spatial = image.shape[2:]
-        if side > min(spatial):
-            raise ValueError(
-                f"an image of {'x'.join(map(str, spatial))} is smaller than a prompt of side {side}: "
-                "use a larger image or smaller prompt sizes"
-            )
+        check_side(image, side)
         self.image = image
         self.rows = [_dft_rows(n, side, centred, image.device) for n in spatial]
         coefficients = image.to(torch.complex64)

@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_sizes, check_step, check_tuning, loss_gradients
+from mgipt_monai.networks.prompts.frequency import (
+    LowFrequencies,
+    check_side,
+    check_sizes,
+    check_step,
+    check_tuning,
+    loss_gradients,
+)
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_tensors
 
 __all__ = ["GlobalPrompts"]
@@ -55,7 +62,7 @@ class GlobalPrompts(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Apply every teacher to one image: (1, C, \\*spatial) to (number of sizes, C, \\*spatial)."""
-        self._prepare(image)
+        self.prepare(image)
         return self._views(image, self.teachers)
 
     def step(self, image: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -68,7 +75,7 @@ class GlobalPrompts(nn.Module):
         Returns:
             The students' losses before the step, one per size.
         """
-        self._prepare(image)
+        self.prepare(image)
         if not self.sizes:
             return image.new_zeros(0)
         students = [student.clone().requires_grad_() for student in self.students]
@@ -127,14 +134,20 @@ class GlobalPrompts(nn.Module):
         self.students = [p.detach().clone() for p in state["students"]]
         self.teachers = [p.detach().clone() for p in state["teachers"]]
 
-    def _prepare(self, image: Tensor) -> None:
-        """Create the prompts at the first image of a stream, check that they fit, and move them to the device."""
+    def prepare(self, image: Tensor) -> None:
+        """Create the prompts at the first image of a stream, check that they fit, and move them to the device.
+
+        Raises:
+            ValueError: for an image that is smaller than a prompt, or has other channels or axes than the stream's.
+        """
         channels, dims = image.shape[1], image.ndim - 2
         if not self.students:
             self.students = [torch.ones(1, channels, *[size] * dims, device=image.device) for size in self.sizes]
             self.teachers = [student.clone() for student in self.students]
         if not self.sizes:
             return
+        for size in self.sizes:
+            check_side(image, size)
         if self.students[0].shape[1] != channels or self.students[0].ndim != image.ndim:
             raise ValueError(
                 f"this image has {channels} channels and {dims} spatial dimensions, the stream's have "
