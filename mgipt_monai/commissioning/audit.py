@@ -88,7 +88,7 @@ def audit(
     """
     check_settings(confidence, NOTHING, tolerated_loss, 1.0, metric, head)
     network = network.eval().requires_grad_(False)
-    cases, known = read_cases(labelled, device_of(network) if device is None else device), set(known)
+    cases, known = read_cases(labelled, device_of(network) if device is None else device, head), set(known)
     if seen := [case.name for case in cases if case.sha256 in known]:
         raise ValueError(f"{', '.join(seen[:4])}: the site was commissioned on this image: audit it on new ones")
     plain = build_base(base, network, shared={"head": head, "statistics_path": statistics, "seed": seed})

@@ -187,7 +187,7 @@ def commission(
     wanted = read_candidates([NOTHING, fallback, *candidates], known)
     shared = {"head": head, "statistics_path": statistics, "seed": seed}
     network = network.eval().requires_grad_(False)
-    cases = read_cases(labelled, device_of(network) if device is None else device)
+    cases = read_cases(labelled, device_of(network) if device is None else device, head)
     names = [*map(str, range(cases[0].label.shape[1]))] if class_names is None else list(class_names)
     if len(names) != cases[0].label.shape[1]:
         raise ValueError(f"class_names are {names}, but the labels have {cases[0].label.shape[1]} channels")

@@ -17,61 +17,91 @@ from torch.nn import functional
 from mgipt_monai.networks.correction import Correction, NormShift, ShiftedNorm, input_statistics, is_shifted
 from mgipt_monai.networks.prompts.early_stop import Head
 
-__all__ = ["OFFSETS", "fit_norms", "fit_offset", "fit_prompts", "fit_temperature", "offset_curves"]
+__all__ = ["OFFSETS", "dice_at_offsets", "fit_norms", "fit_offset", "fit_prompts", "fit_temperature"]
 
 OFFSETS = np.linspace(-8, 8, 129)
 """Offsets that are tried, in logits."""
 OFFSET_CALM = 0.00375
 """Mean Dice that one logit of offset must bring."""
+MOST_ROUNDS = 5
 TEMPERATURES = np.geomspace(0.2, 5, 41)
 PROMPT_SIDES = (1, 3, 5)
 STEPS, RATE, CALM = 30, 0.1, 0.02
 """Adam's steps, learning rate and weight of the squared distance from no correction, for norms and prompts."""
 
 
-def offset_curves(logits: Tensor, label: Tensor, head: Head = "sigmoid") -> np.ndarray:
-    """Return the Dice of each class at each of the :data:`OFFSETS` of its logit, the other classes' being 0.
+def fit_offset(logits: Sequence[Tensor], labels: Sequence[Tensor], head: Head = "sigmoid") -> Correction:
+    """Fit an offset for each class, which maximises the mean Dice of the masks; the background of softmax has none.
+
+    Offsets are tried on a grid. For a softmax head, where the classes compete, one class after another is moved until
+    none gains.
+
+    Args:
+        logits: (1, K, \\*spatial) each.
+        labels: 0 and 1, (1, classes, \\*spatial) each.
+        head: how logits become masks.
+    """
+    background = int(head == "softmax")
+    offset = torch.zeros(logits[0].shape[1])
+    for _ in range(MOST_ROUNDS):
+        before = offset.clone()
+        for channel in range(background, len(offset)):
+            curves = np.stack(
+                [dice_at_offsets(one, label, head, offset, channel) for one, label in zip(logits, labels, strict=True)]
+            )
+            curves = curves[~np.isnan(curves).any(axis=1)]
+            if len(curves):
+                best = (curves.mean(axis=0) - OFFSET_CALM * np.abs(OFFSETS)).argmax()
+                offset[channel] = float(OFFSETS[best])
+        if not background or torch.equal(offset, before):
+            break
+    return Correction(offset=offset)
+
+
+def dice_at_offsets(logits: Tensor, label: Tensor, head: Head, offset: Tensor, channel: int) -> np.ndarray:
+    """Return the Dice of one image at each of the :data:`OFFSETS` of one channel, the others' being as given.
 
     Args:
         logits: (1, K, \\*spatial).
         label: 0 and 1, (1, classes, \\*spatial).
         head: how logits become masks.
+        offset: of each channel, (K,); that of ``channel`` is ignored.
+        channel: the one that is moved.
 
     Returns:
-        (classes, offsets); NaN for a class that the label lacks.
+        (offsets,): the channel's own Dice for ``sigmoid``, the mean over the label's classes for ``softmax``; NaN if
+        the label has none to measure it by.
     """
-    margins = logits[0]
-    if head == "softmax":
-        # of each class over the best other one
-        first, second = margins.topk(2, dim=0).values
-        margins = torch.where(margins == first, margins - second, margins - first)[1:]
-    curves = np.full((len(margins), len(OFFSETS)), np.nan)
-    for curve, margin, mask in zip(curves, margins, label[0] > 0, strict=True):
-        size = int(mask.sum())
-        if size:
-            # at an offset, the voxels above its negative are predicted
-            predicted, right = (
-                len(values) - np.searchsorted(np.sort(values), -OFFSETS, side="right")
-                for values in (margin.flatten().cpu().numpy(), margin[mask].cpu().numpy())
-            )
-            curve[:] = 2 * right / (predicted + size)
-    return curves
+    masks = (label[0] > 0).flatten(1).cpu().numpy()
+    values = logits[0].flatten(1).cpu().numpy()
+    # a voxel is the channel's at the offsets above the negative of its margin over the best other one
+    if head == "sigmoid":
+        masks, own = masks[channel : channel + 1], 0
+        margin, winner = values[channel], np.full(values.shape[1], -1)
+    else:
+        own = channel - 1
+        shifted = values + offset.numpy()[:, None]
+        shifted[channel] = -np.inf
+        winner = shifted.argmax(axis=0) - 1
+        margin = values[channel] - shifted.max(axis=0)
+    place = np.searchsorted(OFFSETS, margin, side="left")  # how many of the thresholds lie below
 
+    def taken(where: np.ndarray) -> np.ndarray:
+        """Count the voxels of a mask that are the channel's, at each offset."""
+        counts = np.bincount(place[where], minlength=len(OFFSETS) + 1)
+        return counts[::-1].cumsum()[::-1][1:][::-1]
 
-def fit_offset(curves: Sequence[np.ndarray], head: Head = "sigmoid") -> Correction:
-    """Fit an offset for each class, which maximises its mean Dice; the background of a softmax head has none.
-
-    Args:
-        curves: of each image, from :func:`offset_curves`.
-        head: how logits become masks.
-    """
-    stacked = np.stack(curves)
-    known = ~np.isnan(stacked).all(axis=(0, 2))
-    means = np.zeros(stacked.shape[1:])
-    means[known] = np.nanmean(stacked[:, known], axis=0)
-    best = OFFSETS[(means - OFFSET_CALM * np.abs(OFFSETS)).argmax(axis=1)]
-    background = [0.0] * (head == "softmax")
-    return Correction(offset=torch.tensor([*background, *best], dtype=torch.float32))
+    scores = []
+    for index, mask in enumerate(masks):
+        if not (size := mask.sum()):
+            continue
+        if index == own:
+            predicted, right = taken(np.ones_like(mask)), taken(mask)
+        else:
+            others = winner == index
+            predicted, right = (where.sum() - taken(where) for where in (others, others & mask))
+        scores.append(2 * right / (predicted + size))
+    return np.mean(scores, axis=0) if scores else np.full(len(OFFSETS), np.nan)
 
 
 def fit_temperature(logits: Sequence[Tensor], labels: Sequence[Tensor], head: Head = "sigmoid") -> float:

@@ -18,7 +18,7 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.metrics import compute_dice, compute_surface_dice
 from torch import Tensor, nn
 
-from mgipt_monai.commissioning.correctors import fit_norms, fit_offset, fit_prompts, fit_temperature, offset_curves
+from mgipt_monai.commissioning.correctors import fit_norms, fit_offset, fit_prompts, fit_temperature
 from mgipt_monai.methods.base import AdaptationMethod, check_image
 from mgipt_monai.methods.commissioned import Commissioned, SiteSetting, monitored
 from mgipt_monai.methods.source import Source
@@ -66,7 +66,7 @@ FEWEST = 3
 FOLDS = 5
 """Folds of the cross-validation of what takes passes to fit; an offset is left out image by image."""
 SWAPPED = 0.1
-"""Mean Dice by which another order of the classes must fit better for labels to count as swapped."""
+"""Dice by which each class must fit better in another order of the classes for labels to count as swapped."""
 
 Metric = Literal["dice", "surface_dice"]
 
@@ -116,7 +116,7 @@ def read_candidates(candidates: Sequence[str], bases: Mapping[str, Any]) -> list
     return list(dict.fromkeys(wanted))
 
 
-def read_cases(labelled: Iterable[Mapping[str, Any]], device: torch.device | str) -> list[Case]:
+def read_cases(labelled: Iterable[Mapping[str, Any]], device: torch.device | str, head: Head) -> list[Case]:
     """Check labelled images and return them on a device, (1, C, \\*spatial); raise ValueError by name."""
     cases: list[Case] = []
     seen: dict[str, str] = {}
@@ -136,6 +136,8 @@ def read_cases(labelled: Iterable[Mapping[str, Any]], device: torch.device | str
             raise ValueError(f"{name}: the label has values other than 0 and 1: give one channel for each class")
         if not label.any():
             raise ValueError(f"{name}: the label is empty: label the image, or leave it out")
+        if head == "softmax" and (label.sum(dim=1) > 1).any():
+            raise ValueError(f"{name}: the label's classes overlap, which a softmax head cannot predict")
         if cases and label.shape[1] != cases[0].label.shape[1]:
             raise ValueError(f"{name}: {label.shape[1]} classes, but {cases[0].name} has {cases[0].label.shape[1]}")
         case = Case(name, image, label, str(item.get("group", name if "name" in item else index)))
@@ -259,12 +261,8 @@ class Trial:
             correction = fit(self.network, [c.image for c in seen], [c.label for c in seen], self.head)
             for base in bases:
                 logits, forwards[base], _ = self._predict(self.bases[base], correction)
-                curves = [
-                    offset_curves(each, case.label, self.head)
-                    for each, case, out in zip(logits, self.cases, held_out, strict=True)
-                    if not out
-                ]
-                offset = fit_offset(curves, self.head)
+                kept = [each for each, out in zip(logits, held_out, strict=True) if not out]
+                offset = fit_offset(kept, [case.label for case in seen], self.head)
                 for index, out in enumerate(held_out):
                     if out:
                         scored[base][index] = self._scored(offset.to_logits(logits[index]), self.cases[index])
@@ -281,11 +279,11 @@ class Trial:
         self.candidates[base, corrector] = Candidate(base, corrector, forwards, values, masks)
 
     def _with_offset(self, logits: Sequence[Tensor]) -> list[tuple[np.ndarray, Tensor]]:
-        curves = [offset_curves(each, case.label, self.head) for each, case in zip(logits, self.cases, strict=True)]
         scored = []
-        for each, case in zip(logits, self.cases, strict=True):
-            others = [c for c, other in zip(curves, self.cases, strict=True) if other.group != case.group]
-            scored.append(self._scored(fit_offset(others, self.head).to_logits(each), case))
+        for case, own in zip(self.cases, logits, strict=True):
+            others = [place for place, other in enumerate(self.cases) if other.group != case.group]
+            offset = fit_offset([logits[i] for i in others], [self.cases[i].label for i in others], self.head)
+            scored.append(self._scored(offset.to_logits(own), case))
         return scored
 
     def _predict(
@@ -319,8 +317,10 @@ class Trial:
             overlap += (2 * both / (masks.sum(dim=1)[:, None] + label.sum(dim=1)[None]).clamp(min=1)).numpy()
         overlap /= len(self.cases)
         order = max(itertools.permutations(range(count)), key=lambda order: overlap[range(count), order].mean())
-        if overlap[range(count), order].mean() > overlap.diagonal().mean() + SWAPPED:
-            told = ", ".join(f"{names[a]} is like the label {names[b]}" for a, b in enumerate(order) if a != b)
+        moved = [(a, b) for a, b in enumerate(order) if a != b]
+        # each of them: a network that is far off may predict one structure in another's place, but not both
+        if moved and all(overlap[a, b] > overlap[a, a] + SWAPPED for a, b in moved):
+            told = ", ".join(f"{names[a]} is like the label {names[b]}" for a, b in moved)
             raise ValueError(
                 f"the classes of the labels seem to be swapped (the prediction of {told}): correct their order, or, if "
                 "it is right and the network that far off, set check_labels to false"
@@ -336,8 +336,7 @@ class Trial:
             correction = TRAINED[candidate.corrector](self.network, images, labels, self.head)
         logits, _, method = self._predict(build, correction)
         if candidate.corrector != NOTHING:
-            curves = [offset_curves(each, label, self.head) for each, label in zip(logits, labels, strict=True)]
-            offset = fit_offset(curves, self.head)
+            offset = fit_offset(logits, labels, self.head)
             logits = [offset.to_logits(each) for each in logits]
             temperature = fit_temperature(logits, labels, self.head)
             correction = Correction(offset.offset, temperature, correction.prompts, correction.norms)
