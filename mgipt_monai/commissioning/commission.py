@@ -115,7 +115,7 @@ def commission(
     *,
     head: Head = "sigmoid",
     confidence: float = 0.9,
-    candidates: Sequence[str] = CANDIDATES,
+    candidates: Sequence[str] | str = CANDIDATES,
     bases: Mapping[str, Mapping[str, Any]] | None = None,
     fallback: Fallback = "none",
     tolerated_loss: float = 0.01,
@@ -148,8 +148,8 @@ def commission(
             the patient), whose images are never split and count once.
         head: how logits become masks.
         confidence: of the certificate, in (0, 1).
-        candidates: what is tried: ``BASE`` or ``BASE + CORRECTOR``. The bases are ``none``, ``steady``, ``fast`` and
-            those of ``bases``. The more are tried, the more has to be proven.
+        candidates: what is tried: ``BASE`` or ``BASE + CORRECTOR``, as a list or separated by commas. The bases are
+            ``none``, ``steady``, ``fast`` and those of ``bases``. The more are tried, the more has to be proven.
         bases: further methods for the candidates: name to the method as a bundle's config has it, such as
             ``{"bn": {"_target_": "mgipt_monai.BatchNormAdaptation"}}``.
         fallback: what is deployed where nothing is proven: ``none``, the network as it is, or ``steady``. With
@@ -184,7 +184,8 @@ def commission(
     """
     check_settings(confidence, fallback, tolerated_loss, max_harm, metric, head)
     known = {**BASES, **(bases or {})}
-    wanted = read_candidates([NOTHING, fallback, *candidates], known)
+    listed = read_candidates(candidates, known)
+    wanted = list(dict.fromkeys([(NOTHING, NOTHING), (fallback, NOTHING), *listed]))
     shared = {"head": head, "statistics_path": statistics, "seed": seed}
     network = network.eval().requires_grad_(False)
     cases = read_cases(labelled, device_of(network) if device is None else device, head)
@@ -197,7 +198,7 @@ def commission(
         trial.check_classes(names)
 
     before, behind = trial.candidates[NOTHING, NOTHING], trial.candidates.get((fallback, NOTHING))
-    compared = [trial.candidates[each] for each in read_candidates(candidates, known) if each in trial.candidates]
+    compared = [trial.candidates[each] for each in listed if each in trial.candidates]
     if not compared:
         raise ValueError(f"none of the candidates can be used with this network: {trial.skipped}")
     gains = {

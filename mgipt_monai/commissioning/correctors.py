@@ -21,6 +21,7 @@ __all__ = ["OFFSETS", "dice_at_offsets", "fit_norms", "fit_offset", "fit_prompts
 
 OFFSETS = np.linspace(-8, 8, 129)
 """Offsets that are tried, in logits."""
+STEP_OF_OFFSETS = OFFSETS[1] - OFFSETS[0]
 OFFSET_CALM = 0.00375
 """Mean Dice that one logit of offset must bring."""
 MOST_ROUNDS = 5
@@ -84,7 +85,8 @@ def dice_at_offsets(logits: Tensor, label: Tensor, head: Head, offset: Tensor, c
         shifted[channel] = -np.inf
         winner = shifted.argmax(axis=0) - 1
         margin = values[channel] - shifted.max(axis=0)
-    place = np.searchsorted(OFFSETS, margin, side="left")  # how many of the thresholds lie below
+    # how many of the thresholds lie below each; in double precision, as a margin may be tiny
+    place = np.clip(np.ceil((margin.astype(float) - OFFSETS[0]) / STEP_OF_OFFSETS), 0, len(OFFSETS)).astype(int)
 
     def taken(where: np.ndarray) -> np.ndarray:
         """Count the voxels of a mask that are the channel's, at each offset."""

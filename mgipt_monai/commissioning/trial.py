@@ -102,8 +102,10 @@ class Candidate:
         return self.base if self.corrector == NOTHING else f"{self.base} + {self.corrector}"
 
 
-def read_candidates(candidates: Sequence[str], bases: Mapping[str, Any]) -> list[tuple[str, str]]:
+def read_candidates(candidates: Sequence[str] | str, bases: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the base and the corrector of each candidate, each once."""
+    if isinstance(candidates, str):
+        candidates = candidates.strip("[]").split(",")
     wanted = []
     for candidate in candidates:
         base, plus, corrector = (part.strip() for part in str(candidate).partition("+"))

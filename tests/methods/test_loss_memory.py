@@ -98,5 +98,5 @@ def test_unusable_state_is_refused_and_changes_nothing(wrong: dict) -> None:
 
 
 def test_too_short_a_warm_up_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least 2 images.*got 1"):
+    with pytest.raises(ValueError, match=r"from 2.*got 1"):
         LossMemory(1)
