@@ -27,7 +27,7 @@ OFFSET_CALM = 0.00375
 MOST_ROUNDS = 5
 TEMPERATURES = np.geomspace(0.2, 5, 41)
 PROMPT_SIDES = (1, 3, 5)
-STEPS, RATE, CALM = 30, 0.1, 0.02
+STEPS, RATE, CALM = 20, 0.15, 0.05
 """Adam's steps, learning rate and weight of the squared distance from no correction, for norms and prompts."""
 
 
