@@ -17,7 +17,16 @@ from torch.nn import functional
 from mgipt_monai.networks.correction import Correction, NormShift, ShiftedNorm, input_statistics, is_shifted
 from mgipt_monai.networks.prompts.early_stop import Head
 
-__all__ = ["OFFSETS", "dice_at_offsets", "fit_norms", "fit_offset", "fit_prompts", "fit_temperature"]
+__all__ = [
+    "OFFSETS",
+    "best_offsets",
+    "curves_of",
+    "dice_at_offsets",
+    "fit_norms",
+    "fit_offset",
+    "fit_prompts",
+    "fit_temperature",
+]
 
 OFFSETS = np.linspace(-8, 8, 129)
 """Offsets that are tried, in logits."""
@@ -42,21 +51,36 @@ def fit_offset(logits: Sequence[Tensor], labels: Sequence[Tensor], head: Head = 
         labels: 0 and 1, (1, classes, \\*spatial) each.
         head: how logits become masks.
     """
-    background = int(head == "softmax")
+    if head == "sigmoid":
+        return best_offsets([curves_of(one, label) for one, label in zip(logits, labels, strict=True)])
     offset = torch.zeros(logits[0].shape[1])
     for _ in range(MOST_ROUNDS):
         before = offset.clone()
-        for channel in range(background, len(offset)):
-            curves = np.stack(
-                [dice_at_offsets(one, label, head, offset, channel) for one, label in zip(logits, labels, strict=True)]
-            )
-            curves = curves[~np.isnan(curves).any(axis=1)]
-            if len(curves):
-                best = (curves.mean(axis=0) - OFFSET_CALM * np.abs(OFFSETS)).argmax()
-                offset[channel] = float(OFFSETS[best])
-        if not background or torch.equal(offset, before):
+        for channel in range(1, len(offset)):
+            curves = [
+                dice_at_offsets(one, label, head, offset, channel) for one, label in zip(logits, labels, strict=True)
+            ]
+            offset[channel] = _best(np.stack(curves))
+        if torch.equal(offset, before):
             break
     return Correction(offset=offset)
+
+
+def curves_of(logits: Tensor, label: Tensor) -> np.ndarray:
+    """Return :func:`dice_at_offsets` of each channel of a sigmoid head, (K, offsets); each is on its own."""
+    channels = logits.shape[1]
+    return np.stack([dice_at_offsets(logits, label, "sigmoid", torch.zeros(channels), k) for k in range(channels)])
+
+
+def best_offsets(curves: Sequence[np.ndarray]) -> Correction:
+    """Return the offsets that :func:`fit_offset` finds for images with these :func:`curves_of`."""
+    return Correction(offset=torch.tensor([_best(channel) for channel in np.stack(curves, axis=1)]))
+
+
+def _best(curves: np.ndarray) -> float:
+    """Return the offset with the best mean over images, (images, offsets)."""
+    known = curves[~np.isnan(curves).any(axis=1)]
+    return float(OFFSETS[(known.mean(axis=0) - OFFSET_CALM * np.abs(OFFSETS)).argmax()]) if len(known) else 0.0
 
 
 def dice_at_offsets(logits: Tensor, label: Tensor, head: Head, offset: Tensor, channel: int) -> np.ndarray:

@@ -18,7 +18,14 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.metrics import compute_dice, compute_surface_dice
 from torch import Tensor, nn
 
-from mgipt_monai.commissioning.correctors import fit_norms, fit_offset, fit_prompts, fit_temperature
+from mgipt_monai.commissioning.correctors import (
+    best_offsets,
+    curves_of,
+    fit_norms,
+    fit_offset,
+    fit_prompts,
+    fit_temperature,
+)
 from mgipt_monai.methods.base import AdaptationMethod, check_image
 from mgipt_monai.methods.commissioned import Commissioned, SiteSetting, monitored
 from mgipt_monai.methods.source import Source
@@ -281,10 +288,15 @@ class Trial:
         self.candidates[base, corrector] = Candidate(base, corrector, forwards, values, masks)
 
     def _with_offset(self, logits: Sequence[Tensor]) -> list[tuple[np.ndarray, Tensor]]:
-        scored = []
+        scored, curves = [], []
+        if self.head == "sigmoid":
+            curves = [curves_of(each, case.label) for each, case in zip(logits, self.cases, strict=True)]
         for case, own in zip(self.cases, logits, strict=True):
             others = [place for place, other in enumerate(self.cases) if other.group != case.group]
-            offset = fit_offset([logits[i] for i in others], [self.cases[i].label for i in others], self.head)
+            if curves:
+                offset = best_offsets([curves[i] for i in others])
+            else:
+                offset = fit_offset([logits[i] for i in others], [self.cases[i].label for i in others], self.head)
             scored.append(self._scored(offset.to_logits(own), case))
         return scored
 
