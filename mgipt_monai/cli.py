@@ -95,8 +95,7 @@ BUNDLE_COMMANDS = {
             "output_dir": ("SITE", "folder to write site.yaml, site.pt and the report to"),
         },
         ["inference", "evaluate", "commission"],
-        "mgipt commission labelled site --weights network.pt && mgipt predict images masks --weights network.pt "
-        "--config site/site.yaml",
+        "mgipt commission labelled site --weights network.pt",
         extra="commission",
         method=False,
         resumes="",

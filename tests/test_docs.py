@@ -137,6 +137,7 @@ def test_commands_that_a_page_gives_are_understood(page: Path, monkeypatch: pyte
             elif name in cli.BUNDLE_COMMANDS:
                 for word in arguments:
                     if word.startswith("./"):  # the reader's own config
+                        Path(word).parent.mkdir(exist_ok=True)
                         Path(word).write_text("seed: 0\n")
                 in_a_loop = [word.replace("$method", "bn") for word in arguments]
                 with pytest.raises(UnderstoodError):
