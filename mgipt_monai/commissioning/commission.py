@@ -47,7 +47,7 @@ class Row:
         name: such as ``steady + offset``.
         base: name of the label-free method.
         corrector: ``none``, ``offset``, ``norms`` or ``prompts``; the latter two include an offset.
-        forwards: passes of the network an image.
+        cost: forwards and backwards of the network per image (F).
         values: metric of each labelled image, by a fit that did not see it.
         classes: mean metric of each class.
         gain: mean difference from no adaptation, over groups of images.
@@ -60,7 +60,7 @@ class Row:
     name: str
     base: str
     corrector: str
-    forwards: float
+    cost: float
     values: list[float]
     classes: list[float]
     gain: float
@@ -270,7 +270,7 @@ def _row(candidate: Candidate, gains: np.ndarray, confidence: float, bound: Boun
         name=candidate.name,
         base=candidate.base,
         corrector=candidate.corrector,
-        forwards=candidate.forwards,
+        cost=candidate.cost,
         values=image_means(candidate.values).tolist(),
         classes=np.nanmean(candidate.values, axis=0).tolist(),
         gain=float(gains.mean()),

@@ -99,7 +99,7 @@ class Candidate:
 
     base: str
     corrector: str
-    forwards: float
+    cost: float
     values: np.ndarray  # (images, classes)
     masks: list[np.ndarray]  # packed
 
@@ -240,7 +240,7 @@ class Trial:
         for base in dict.fromkeys(base for base, _ in wanted):
             build, correctors = bases[base], [corrector for other, corrector in wanted if other == base]
             try:
-                logits, forwards, _ = self._predict(build, Correction())
+                logits, cost, _ = self._predict(build, Correction())
             except (ValueError, TypeError) as error:
                 if base == NOTHING:
                     raise
@@ -250,9 +250,9 @@ class Trial:
             self.bases[base] = build
             if NOTHING in correctors:
                 scored = [self._scored(each, case) for each, case in zip(logits, self.cases, strict=True)]
-                self._add(base, NOTHING, forwards, scored)
+                self._add(base, NOTHING, cost, scored)
             if "offset" in correctors:
-                self._add(base, "offset", forwards, self._with_offset(logits))
+                self._add(base, "offset", cost, self._with_offset(logits))
         for corrector, fit in TRAINED.items():
             if trained := [base for base, other in wanted if other == corrector and base in self.bases]:
                 if is_whole:
@@ -263,13 +263,18 @@ class Trial:
     def _run_trained(self, corrector: str, fit: Callable[..., Correction], bases: Sequence[str]) -> None:
         """Fit once a fold, then measure each base on top of the fit."""
         scored: dict[str, dict[int, tuple[np.ndarray, Tensor]]] = {base: {} for base in bases}
-        forwards = {}
+        costs = {}
         for fold in sorted(set(self.fold.values())):
             held_out = [self.fold[case.group] == fold for case in self.cases]
             seen = [case for case, out in zip(self.cases, held_out, strict=True) if not out]
             correction = fit(self.network, [c.image for c in seen], [c.label for c in seen], self.head)
-            for base in bases:
-                logits, forwards[base], _ = self._predict(self.bases[base], correction)
+            for base in list(scored):
+                try:
+                    logits, costs[base], _ = self._predict(self.bases[base], correction)
+                except ValueError as error:  # such as source statistics of the network without the correction
+                    self.skipped[f"{base} + {corrector}"] = str(error)
+                    del scored[base]
+                    continue
                 kept = [each for each, out in zip(logits, held_out, strict=True) if not out]
                 offset = fit_offset(kept, [case.label for case in seen], self.head)
                 for index, out in enumerate(held_out):
@@ -277,15 +282,15 @@ class Trial:
                         scored[base][index] = self._scored(offset.to_logits(logits[index]), self.cases[index])
             logger.info("%s: fold %d of %d fitted", corrector, fold + 1, len(set(self.fold.values())))
         for base, results in scored.items():
-            self._add(base, corrector, forwards[base], [results[index] for index in range(len(self.cases))])
+            self._add(base, corrector, costs[base], [results[index] for index in range(len(self.cases))])
 
     def _scored(self, logits: Tensor, case: Case) -> tuple[np.ndarray, Tensor]:
         return score(logits, case.label, self.head, self.metric, self.boundary)
 
-    def _add(self, base: str, corrector: str, forwards: float, scored: Sequence[tuple[np.ndarray, Tensor]]) -> None:
+    def _add(self, base: str, corrector: str, cost: float, scored: Sequence[tuple[np.ndarray, Tensor]]) -> None:
         values = np.stack([values for values, _ in scored])
         masks = [np.packbits(masks[0].cpu().numpy().astype(bool)) for _, masks in scored]
-        self.candidates[base, corrector] = Candidate(base, corrector, forwards, values, masks)
+        self.candidates[base, corrector] = Candidate(base, corrector, cost, values, masks)
 
     def _with_offset(self, logits: Sequence[Tensor]) -> list[tuple[np.ndarray, Tensor]]:
         scored, curves = [], []
@@ -310,13 +315,13 @@ class Trial:
         images = [correction.to_image(case.image) for case in self.cases]
         with torch.no_grad():
             predictions = [method(image) for image in images]
-            forwards = float(method.last[0]["forwards"])
+            cost = float(method.last[0]["forwards"] + method.last[0]["backwards"])
             learnt = method.adaptation_state()
             if method._state():
                 for index, image in enumerate(images):
                     predictions[index] = method(image)
                     method.load_adaptation_state(learnt)
-        return predictions, forwards, method
+        return predictions, cost, method
 
     def check_classes(self, names: Sequence[str]) -> None:
         """Raise ValueError if another order of the label's classes fits the predictions much better."""
