@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a MONAI Label server with the bundle, end to end through HTTP: masks, state, settings, restart, many at once.
+"""Runs a MONAI Label server with the bundle, end to end through HTTP.
+
+Masks, state, settings, restart, many requests at once; annotations saved through it, and a site commissioned on them.
 
 ``make label-test`` runs it in MONAI Label's environment. It prints a line per check and ends with an error at the first
 that fails.
@@ -32,6 +34,7 @@ from mgipt_monai.label_app import write_label_bundle
 
 ROOT = Path(__file__).parents[1]
 NAME = "mgipt_segmentation"
+TOLD = ("corrected", "monitor")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "label"), str(ROOT)]), "OMP_NUM_THREADS": "1"}
 
 
@@ -67,6 +70,11 @@ class Client:
         response = self.infer(image, "json", **params)
         response.raise_for_status()
         return response.json()["adaptation"]["position"]
+
+    def save(self, image: str, label: Path) -> None:
+        """Save the final annotation of an image of the studies."""
+        ask, files = {"image": image, "tag": "final"}, {"label": (label.name, label.read_bytes())}
+        requests.put(f"{self.url}/datastore/label", params=ask, files=files, timeout=60).raise_for_status()
 
 
 @contextmanager
@@ -113,6 +121,21 @@ def check_log(log: Path, words: str) -> None:
     check(f"the log says: {words}", words in log.read_text())
 
 
+def masks_in(folder: Path, names: list[str]) -> list[np.ndarray]:
+    """Return the grey values of written masks."""
+    return [np.asarray(Image.open(folder / f"{name}.png")) for name in names]
+
+
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def all_equal(one: list[np.ndarray], other: list[np.ndarray]) -> bool:
+    """Whether masks are the same, pixel by pixel."""
+    return all(np.array_equal(*pair) for pair in zip(one, other, strict=True))
+
+
 def first_server(folder: Path, app: Path, studies: Path, log: Path) -> None:
     """Masks, what a request may set, bad images."""
     adaptation = app / "model" / NAME / "adaptation"
@@ -124,11 +147,10 @@ def first_server(folder: Path, app: Path, studies: Path, log: Path) -> None:
 
         names = sorted(path.stem for path in studies.glob("*.png"))
         masks = [client.mask(name) for name in names]
-        of_run = [np.asarray(Image.open(folder / "run" / f"{name}.png")) for name in names]
-        same = all(np.array_equal(one, other) for one, other in zip(masks, of_run, strict=True))
+        same = all_equal(masks, masks_in(folder / "run", names))
         check(f"{len(names)} masks are those of a bundle run, pixel by pixel", same)
         served, run = (
-            [json.loads(line)["loss_after"] for line in path.read_text().splitlines()]
+            [row["loss_after"] for row in rows_in(path)]
             for path in (adaptation / "records.jsonl", folder / "run" / "records.jsonl")
         )
         check("so are the losses in the records", served == run)
@@ -180,6 +202,60 @@ def second_server(folder: Path, app: Path, studies: Path, log: Path) -> None:
         check_log(folder / "other.log", "another process adapts with")
 
 
+def commissioned_on(studies: Path, site: Path, names: list[str]) -> bool:
+    """Commission a site on the annotations that a server has saved so far; return whether a gain is certified."""
+    python("mgipt_monai", "commission", studies, site)
+    report = json.loads((site / "commissioning.json").read_text())
+    print(f"    {report['statement']}")
+    check(f"the site is commissioned on {len(names)}", [case["name"] for case in report["cases"]] == names)
+    return bool(report["certified"])
+
+
+def annotated_server(folder: Path, app: Path, photographs: Path, log: Path) -> None:
+    """Save corrected annotations through a server, and commission the site on them as they accumulate."""
+    studies, corrected = photographs / "images", photographs / "masks"
+    names = sorted(path.stem for path in studies.glob("*.png"))
+    with server(app, studies, log) as client:
+        drawn = client.mask(names[0], adapt=False, reset=True)
+        annotation = np.asarray(Image.open(corrected / f"{names[0]}.png"))
+        check("masks and annotations have the same values", set(np.unique(drawn)) == set(np.unique(annotation)))
+        for name in names[:6]:
+            client.save(name, corrected / f"{name}.png")
+        commissioned_on(studies, folder / "site", names[:6])
+        for name in names[6:10]:
+            client.save(name, corrected / f"{name}.png")
+        known = requests.get(f"{client.url}/datastore/", params={"output": "train"}, timeout=60).json()
+        check("the server knows ten final annotations", len(known) == 10)
+        check("with which a gain is certified", commissioned_on(studies, folder / "site", names[:10]))
+
+
+def commissioned_server(folder: Path, app: Path, photographs: Path, log: Path) -> None:
+    """Serve the commissioned method."""
+    studies, adaptation = photographs / "images", app / "model" / NAME / "adaptation"
+    names = sorted(path.stem for path in studies.glob("*.png"))
+    overlay = folder / "site" / "site.yaml"
+    python("mgipt_monai", "label-app", "--app", app, "--overlays", overlay)
+    python("mgipt_monai", "predict", studies, folder / "predicted", "--config", overlay)
+    with server(app, studies, log) as client:
+        check("the stream of the method before is an error", client.infer(names[0], "json").status_code == 500)
+        check_log(log, "was made with other settings")
+        learnt = len(rows_in(adaptation / "records.jsonl"))
+        served = [client.mask(name, reset=name == names[0]) for name in names]
+        same = all_equal(served, masks_in(folder / "predicted", names))
+        check(f"after a reset {len(names)} masks are those of mgipt predict, pixel by pixel", same)
+        rows, run = rows_in(adaptation / "records.jsonl")[learnt:], rows_in(folder / "predicted" / "records.jsonl")
+        told = all(one[key] == other[key] for one, other in zip(rows, run, strict=True) for key in TOLD)
+        check(f"so are {' and '.join(TOLD)} in the records", told)
+        for name in names[10:12]:
+            client.save(name, photographs / "masks" / f"{name}.png")
+        commissioned_on(studies, folder / "site", names[:12])
+        check("which the running server does not notice", client.position(names[0]) == len(names) + 1)
+    with server(app, studies, log) as client:
+        check("nor a restarted one, which goes on", client.position(names[1]) == len(names) + 2)
+        check("adapt false keeps nothing", client.position(names[2], adapt=False) == len(names) + 2)
+        check("reset begins anew", client.position(names[0], reset=True) == 1)
+
+
 def main() -> None:
     """Make app and photographs in a folder that is thrown away, and check."""
     with tempfile.TemporaryDirectory() as name:
@@ -191,6 +267,9 @@ def main() -> None:
         studies = folder / "warm_vignetted" / "images"
         first_server(folder, app, studies, log)
         second_server(folder, app, studies, log)
+        write_demo_site(folder, CAMERAS["low_contrast"], count=16, seed=0)
+        annotated_server(folder, app, folder / "low_contrast", log)
+        commissioned_server(folder, app, folder / "low_contrast", log)
     print("all checks hold")
 
 

@@ -91,8 +91,8 @@ BUNDLE_COMMANDS = {
     "commission": BundleCommand(
         "find out on five to twenty labelled images of a site what helps there, and prove it",
         {
-            "dataset_dir": ("LABELLED", "folder with images and masks, or a list (JSON, CSV) of both"),
-            "output_dir": ("SITE", "folder to write site.yaml, site.pt and the report to"),
+            "dataset_dir": ("LABELLED", "folder with images and masks, a list of both, or MONAI Label's studies"),
+            "output_dir": ("SITE", "folder to write the report to, and site.yaml, for --config of mgipt predict"),
         },
         ["inference", "evaluate", "commission"],
         "mgipt commission labelled site --weights network.pt",

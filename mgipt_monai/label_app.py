@@ -9,14 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from monai.bundle import ConfigParser
 
+from mgipt_monai.commissioning.site import SETTING
 from mgipt_monai.installed import find_config, installed
+from mgipt_monai.methods.commissioned import SiteSetting
 from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.provenance import fingerprint
 from mgipt_monai.utils.weights import load_source_weights
 
 __all__ = ["write_label_bundle"]
@@ -33,7 +37,8 @@ def write_label_bundle(
     The server reads one config, so ``configs/inference.yaml`` is made of the bundle's own, the overlays, and the
     bundle's ``configs/label.yaml``. It loads weights without looking whether they fit, so they are checked here, and
     are the only ``.pt`` file in ``models/``. Classes are numbered in ``metadata.json`` as they are drawn, by
-    ``mask_values``.
+    ``mask_values``. The setting of a commissioned site, where an overlay has one, is copied into ``folder``, so that
+    commissioning again does not change what a running server does.
 
     Args:
         bundle: the bundle's folder.
@@ -42,8 +47,9 @@ def write_label_bundle(
         ckpt_path: the source network's weights; None takes the bundle's ``models/model.pt``.
 
     Raises:
-        FileNotFoundError: if a config or the weights are absent.
-        ValueError: if the weights do not fit the network, or there are other ``.pt`` files in ``folder/models``.
+        FileNotFoundError: if a config, the weights or the site's setting are absent.
+        ValueError: if the weights do not fit the network, the site was commissioned with other ones, or there are other
+            ``.pt`` files in ``folder/models``.
     """
     configs, models = Path(bundle) / "configs", Path(folder) / "models"
     others = sorted(path.name for path in models.glob("*.pt") if path.name != "model.pt")
@@ -55,6 +61,9 @@ def write_label_bundle(
     parser = ConfigParser(config)
     network = parser.get_parsed_content("network_def")
     load_source_weights(network, Path(bundle) / "models" / "model.pt" if ckpt_path is None else ckpt_path)
+    site = Path(parser.get_parsed_content("site_dir")) / SETTING if "site_dir" in config else None
+    if site is not None and SiteSetting.load(site).fingerprint != fingerprint(network):
+        raise ValueError(f"{site} was commissioned with other weights: give those, or commission the site again")
     metadata = json.loads((configs / "metadata.json").read_text(encoding="utf-8"))
     names, values = (parser.get_parsed_content(key) for key in ("class_names", "mask_values"))
     drawn = {str(value): name for value, name in zip(values, names, strict=True)}
@@ -62,6 +71,10 @@ def write_label_bundle(
 
     with atomic_path(models / "model.pt") as part:
         torch.save(network.state_dict(), part)
+    if site is not None:
+        with atomic_path(Path(folder) / "site" / SETTING) as part:
+            shutil.copyfile(site, part)
+        config["site_dir"] = "$@bundle_root + '/site'"
     with atomic_path(Path(folder) / "configs" / "metadata.json") as part:
         part.write_text(json.dumps(metadata, indent=4) + "\n", encoding="utf-8")
     with atomic_path(Path(folder) / "configs" / "inference.yaml") as part:

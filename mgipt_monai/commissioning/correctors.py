@@ -264,5 +264,7 @@ def _descend(
             distance = torch.stack([parameter.square().sum() for parameter in parameters]).sum()
             optimizer.zero_grad()
             (loss(logits, label) + CALM * distance / len(parameters)).backward()
-            optimizer.step()
+            # activations that overflow have no gradient to follow
+            if all(torch.isfinite(each.grad).all() for each in (*parameters, offset) if each.grad is not None):
+                optimizer.step()
             schedule.step()

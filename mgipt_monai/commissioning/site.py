@@ -86,15 +86,30 @@ def read_labelled(dataset: Iterable[Mapping[str, Any]], items: Sequence[Mapping[
     """Read a dataset of labelled images, with the names and groups of its items.
 
     Raises:
-        ValueError: for an image or a label that cannot be read, with the reason.
+        ValueError: for an image or a label that cannot be read, with the reason, or for two files of different sizes.
     """
     labelled = []
     for case, item in zip(dataset, items, strict=True):
         if FAILURE in case:
             raise ValueError(str(case[FAILURE]))
+        # both have the network's size by now
+        image, label = (_size_in_file(case[key]) for key in ("image", "label"))
+        if image and label and image != label:
+            raise ValueError(
+                f"{item.get('label', 'the label')} is {'x'.join(map(str, label))}, but its image is "
+                f"{'x'.join(map(str, image))}: draw the label on the whole image"
+            )
         kept = {key: str(item[key]) for key in ("name", "group") if key in item}
         labelled.append({"image": case["image"], "label": case["label"], **kept})
     return labelled
+
+
+def _size_in_file(image: Any) -> list[int]:
+    """Return the sides of an image's file, without those of one pixel at the end; nothing where they are not known."""
+    sides = [int(side) for side in getattr(image, "meta", {}).get("spatial_shape", ())]
+    while sides and sides[-1] == 1:
+        sides.pop()
+    return sides
 
 
 def with_earlier(

@@ -255,10 +255,14 @@ class Trial:
                 self._add(base, "offset", cost, self._with_offset(logits))
         for corrector, fit in TRAINED.items():
             if trained := [base for base, other in wanted if other == corrector and base in self.bases]:
-                if is_whole:
-                    self._run_trained(corrector, fit, trained)
-                else:
+                if not is_whole:
                     self.skipped[corrector] = "fitted to whole images only, not through windows"
+                    continue
+                try:
+                    self._run_trained(corrector, fit, trained)
+                except ValueError as error:  # such as a corrected network whose activations overflow
+                    self.skipped[corrector] = str(error)
+                    logger.info("%s is not tried: %s", corrector, error)
 
     def _run_trained(self, corrector: str, fit: Callable[..., Correction], bases: Sequence[str]) -> None:
         """Fit once a fold, then measure each base on top of the fit."""

@@ -20,6 +20,8 @@ from mgipt_monai.utils.files import IMAGE_ENDINGS, stem
 __all__ = ["find_stream", "read_csv", "read_json"]
 
 IMAGES, MASKS = "images", "masks"
+FINAL = os.path.join("labels", "final")
+"""Where MONAI Label's server keeps final annotations, in the folder of the images."""
 
 
 def find_stream(
@@ -35,6 +37,9 @@ def find_stream(
     the site. An image and its mask have the same name (the extension may differ). Images are sorted by name within a
     site.
 
+    Where a folder of images has ``labels/final``, it is the studies folder of a MONAI Label server: if labelled, the
+    images with a final annotation are listed, with it.
+
     Args:
         source: a folder, an image file, a glob pattern, or a datalist, whose order is kept. A datalist is a MONAI JSON
             file with items of ``image`` and optionally ``label``, ``site`` and ``name``, or a CSV file with these
@@ -49,8 +54,8 @@ def find_stream(
 
     Raises:
         FileNotFoundError: if the source does not exist, has no image, or lacks one of the sites.
-        ValueError: if two images have the same output name on some system, a name leaves the output folder, or a
-            datalist is invalid or lacks a mask.
+        ValueError: if two images have the same output name on some system, a name leaves the output folder, a datalist
+            is invalid or lacks a mask, or a final annotation cannot be read or is there twice.
 
     Example:
         >>> import tempfile
@@ -102,9 +107,37 @@ def _from_datalist(path: str, key: str, labelled: bool) -> list[dict[str, Any]]:
 
 def _from_folder(root: Path, labelled: bool) -> list[dict[str, Any]]:
     if _images_of(root):
-        return [_item(path, labelled) for path in _images_of(root)]
+        return _of_site(root, labelled)
     folders = sorted(path for path in root.iterdir() if path.is_dir())
-    return [_item(path, labelled, folder.name) for folder in folders for path in _images_of(folder)]
+    return [item for folder in folders for item in _of_site(folder, labelled, folder.name)]
+
+
+def _of_site(folder: Path, labelled: bool, site_folder: str = "") -> list[dict[str, Any]]:
+    images = _images_of(folder)
+    if not labelled or (folder / IMAGES).is_dir() or not (folder / FINAL).is_dir():
+        return [_item(path, labelled, site_folder) for path in images]
+    labels: dict[str, list[Path]] = {}
+    for path in sorted((folder / FINAL).iterdir()):
+        # the ending may be of a format that is not read, such as NRRD
+        name = stem(path) if path.name.lower().endswith(IMAGE_ENDINGS) else path.stem
+        labels.setdefault(name, []).append(path)
+    annotated = [path for path in images if stem(path) in labels]
+    if images and not annotated:
+        raise FileNotFoundError(f"none of the {len(images)} images has a final annotation in {folder / FINAL}")
+    return [{**_item(path, False, site_folder), "label": _annotation(path, labels[stem(path)])} for path in annotated]
+
+
+def _annotation(image: Path, found: Sequence[Path]) -> str:
+    """Return the one annotation of an image, if it is in a format that goes with the image's."""
+    if len(found) > 1:
+        raise ValueError(f"{image} has the final annotations {found[0]} and {found[1]}: keep one")
+    (label,) = found
+    volumes = [path.name.lower().endswith((".nii", ".nii.gz")) for path in (image, label)]
+    if not label.name.lower().endswith(IMAGE_ENDINGS) or volumes[0] != volumes[1]:
+        raise ValueError(
+            f"the annotation {label} of {image.name} cannot be used: save it as {'NIfTI' if volumes[0] else 'PNG'}"
+        )
+    return str(label)
 
 
 def _images_of(folder: Path) -> list[Path]:

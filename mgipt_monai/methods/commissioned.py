@@ -244,10 +244,12 @@ def monitored(image: Tensor, logits: Tensor | None, head: Head) -> dict[str, flo
         what is predicted).
     """
     signals = {}
-    for channel, values in enumerate(image[0, :4]):
+    # sums depend on the order in memory, which differs between a reader and a loader
+    for channel, values in enumerate(image[0, :4].contiguous()):
         signals[f"mean_{channel}"], signals[f"std_{channel}"] = values.mean().item(), values.std().item()
         signals[f"sharpness_{channel}"] = values.diff(dim=-1).abs().mean().item()
     if logits is not None:
+        logits = logits.contiguous()
         for index, mask in enumerate(binarize(logits, head)[0]):
             signals[f"area_{index}"] = mask.mean().item()
         likely = torch.sigmoid(logits.abs()) if head == "sigmoid" else logits.softmax(dim=1).amax(dim=1)

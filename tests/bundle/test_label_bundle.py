@@ -16,7 +16,9 @@ import torch
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from mgipt_monai import label_app
+from mgipt_monai import RecordFile, cli, label_app
+from mgipt_monai.data.demo.cameras import CAMERAS
+from mgipt_monai.data.demo.stream import write_demo_site
 from mgipt_monai.label_app import write_label_bundle
 from mgipt_monai.stream.state_file import read
 
@@ -147,3 +149,93 @@ def test_weights_that_do_not_fit_and_files_that_label_might_take_are_refused(
     shutil.copy(tmp_path / "w.pt", folder / "models" / "w.pt")
     with pytest.raises(ValueError, match=r"holds w\.pt, which MONAI Label might load: leave only model\.pt there"):
         write_label_bundle(BUNDLE, folder)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A server's studies folder: eight photographs, six of them with a final annotation."""
+    folder = tmp_path_factory.mktemp("studies")
+    write_demo_site(folder, CAMERAS["low_contrast"], count=8, seed=0, size=64)
+    images, masks = (folder / "low_contrast" / kind for kind in ("images", "masks"))
+    (images / "labels" / "final").mkdir(parents=True)
+    for mask in sorted(masks.iterdir())[:6]:
+        shutil.copy(mask, images / "labels" / "final")
+    return images
+
+
+@pytest.fixture(scope="module", params=["steady + offset", "fast + offset", "none + norms"])
+def site(request: pytest.FixtureRequest, studies: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A site that was commissioned on them."""
+    folder = tmp_path_factory.mktemp("site")
+    ask = ["--spatial_size", "[64,64]", "--confidence", "0.5", "--max_harm", "1", "--device", "cpu"]
+    assert not cli.main(["commission", str(studies), str(folder), "--candidates", f"['{request.param}']", *ask])
+    report = json.loads((folder / "commissioning.json").read_text())
+    assert report["certified"]
+    assert [case["name"] for case in report["cases"]] == [f"eye_{i:03d}" for i in range(6)]
+    return folder
+
+
+def test_server_runs_the_method_of_a_commissioned_site(site: Path, studies: Path, tmp_path: Path, quick: Path) -> None:
+    folder, masks = tmp_path / "app" / "model" / "mgipt_segmentation", tmp_path / "masks"
+    overlays = [quick, site / "site.yaml"]
+    write_label_bundle(BUNDLE, folder, overlays)
+    assert not cli.main(["predict", str(studies), str(masks), "--config", *map(str, overlays), "--device", "cpu"])
+    answers = []
+    for image in sorted(studies.glob("*.png")):
+        drawn, answer = Server(folder).infer(image)  # started again for each image
+        assert np.array_equal(drawn.T, np.asarray(Image.open(masks / image.name)))
+        answers.append(answer["adaptation"])
+    assert [answer["position"] for answer in answers] == list(range(1, 9))
+    rows = RecordFile(masks / "records.jsonl").read()
+    served = RecordFile(folder / "adaptation" / "records.jsonl").read()
+    for key in ("corrected", "monitor"):
+        assert [row[key] for row in rows] == [row[key] for row in served] == [answer[key] for answer in answers]
+    assert served[0]["corrected"][-1] == "offset"
+
+    server, state = Server(folder), folder / "adaptation" / "stream.pt"
+    saved = state.read_bytes()
+    image = studies / "eye_000.png"
+    first, answer = server.infer(image, adapt=False, reset=True)
+    assert np.array_equal(first.T, np.asarray(Image.open(masks / "eye_000.png")))
+    assert answer["adaptation"]["monitor"] == rows[0]["monitor"]
+    assert server.infer(image, adapt=False)[1]["adaptation"]["position"] == 8
+    assert state.read_bytes() == saved
+    assert np.array_equal(server.infer(image, reset=True)[0], first)
+    assert server.infer(image)[1]["adaptation"]["position"] == 2
+
+
+def test_app_keeps_its_own_setting_and_another_one_needs_a_reset(site: Path, studies: Path, tmp_path: Path) -> None:
+    folder, quick, copied = tmp_path / "mgipt_segmentation", tmp_path / "quick.yaml", tmp_path / "site"
+    quick.write_text(QUICK)
+    image = studies / "eye_007.png"
+    write_label_bundle(BUNDLE, folder, [quick])
+    Server(folder).infer(image)
+    shutil.copytree(site, copied)
+    config = (site / "site.yaml").read_text().replace(str(site), str(copied))
+    (copied / "site.yaml").write_text(config)
+    write_label_bundle(BUNDLE, folder, [quick, copied / "site.yaml"])
+    shutil.rmtree(copied)
+    with pytest.raises(ValueError, match=r"was made with other settings: .*or start a new stream"):
+        Server(folder).infer(image)
+    assert Server(folder).infer(image, reset=True)[1]["adaptation"]["position"] == 1
+    assert Server(folder).infer(image)[1]["adaptation"]["position"] == 2
+
+
+def test_setting_of_other_weights_is_refused_before_the_server_starts(site: Path, tmp_path: Path) -> None:
+    weights = torch.load(BUNDLE / "models" / "model.pt", weights_only=True)
+    key = next(key for key, value in weights.items() if value.is_floating_point())
+    torch.save({**weights, key: weights[key] + 1}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=r"site\.pt was commissioned with other weights"):
+        write_label_bundle(BUNDLE, tmp_path / "app", [site / "site.yaml"], tmp_path / "w.pt")
+    assert not (tmp_path / "app").exists()
+
+
+def test_annotation_of_another_size_than_its_image_is_refused(
+    studies: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    copied = shutil.copytree(studies, tmp_path / "studies")
+    label = copied / "labels" / "final" / "eye_002.png"
+    Image.open(label).resize((48, 32), Image.Resampling.NEAREST).save(label)
+    with pytest.raises(SystemExit):
+        cli.main(["commission", str(copied), str(tmp_path / "site"), "--candidates", "['none + offset']"])
+    assert f"{label} is 48x32, but its image is 64x64: draw the label on the whole image" in capsys.readouterr().err

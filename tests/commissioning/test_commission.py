@@ -23,6 +23,7 @@ from mgipt_monai.commissioning.correctors import (
     fit_prompts,
     fit_temperature,
 )
+from mgipt_monai.commissioning.trial import TRAINED
 from mgipt_monai.methods import Commissioned, Guarded, SiteSetting
 from mgipt_monai.networks.correction import Correction
 from mgipt_monai.networks.prompts.early_stop import binarize
@@ -278,6 +279,30 @@ def test_bases_that_do_not_fit_the_network_are_left_out_with_the_reason() -> Non
     assert set(result.skipped) == {"steady", "fast"}
     assert "batch norm" in result.skipped["steady"]
     assert result.certified
+
+
+def test_corrector_whose_fit_overflows_is_left_out_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def overflowing(*_: Any) -> Correction:
+        return Correction(prompts=(torch.full((1, 1, 1, 1), 1e38),))  # no image survives it
+
+    monkeypatch.setitem(TRAINED, "prompts", overflowing)
+    cases = site(6, thresholds=(0.4, 0.65))
+    result = commission(segmenter(), cases, candidates=["none + offset", "none + prompts"])
+    assert result.chosen == "none + offset"
+    assert "the image is constant" in result.skipped["prompts"]
+
+
+def test_images_without_a_finite_gradient_move_no_share() -> None:
+    class Overflowing(nn.Module):
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return network(image) * (torch.inf if image.mean() > 1 else 1)
+
+    network, overflowing, cases = segmenter(), Overflowing(), site(4, shift=-0.4)
+    overflowing.inner = network
+    images, labels = ([case[key][None] for case in cases] for key in ("image", "label"))
+    images[1] = images[1] + 3
+    correction = fit_norms(overflowing, images, labels)
+    assert all(torch.isfinite(shift.share).all() and shift.share.any() for shift in correction.norms.values())
 
 
 def test_further_bases_windows_and_borders() -> None:

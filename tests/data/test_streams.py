@@ -99,3 +99,47 @@ def test_two_images_of_one_output_name_are_named(tmp_path: Path) -> None:
     touch(tmp_path, "a.png", "a.jpg")
     with pytest.raises(ValueError, match=r"a.jpg and .*a.png would both be written as a"):
         find_stream(tmp_path)
+
+
+def test_studies_of_monai_label_are_the_images_with_a_final_annotation(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.jpg", "c.nii.gz", "d.png", "masks/a.png", "datastore_v2.json")
+    touch(tmp_path, "labels/original/d.png", "labels/final/a.png", "labels/final/b.png", "labels/final/c.nii.gz")
+    items = find_stream(tmp_path, labelled=True)
+    assert names(items) == ["a", "b", "c"]
+    assert [Path(item["label"]) for item in items] == [
+        tmp_path / "labels" / "final" / name for name in ("a.png", "b.png", "c.nii.gz")
+    ]
+    assert names(find_stream(tmp_path)) == ["a", "b", "c", "d"]
+
+
+def test_studies_may_be_the_images_folder_of_a_site_whose_masks_are_used_where_the_site_is_named(
+    tmp_path: Path,
+) -> None:
+    touch(tmp_path, "s/images/a.png", "s/images/b.png", "s/masks/a.png", "s/images/labels/final/b.png")
+    (item,) = find_stream(tmp_path / "s" / "images", labelled=True)
+    assert (item["name"], item["site"]) == ("b", "s")
+    assert item["label"] == str(tmp_path / "s" / "images" / "labels" / "final" / "b.png")
+    for root, name in ((tmp_path, "s/a"), (tmp_path / "s", "a")):
+        items = find_stream(root, labelled=True)
+        assert len(items) == 2
+        assert (items[0]["name"], items[0]["label"]) == (name, str(tmp_path / "s" / "masks" / "a.png"))
+
+
+def test_studies_of_several_servers_are_sites(tmp_path: Path) -> None:
+    touch(tmp_path, "x/a.png", "x/labels/final/a.png", "y/a.png", "y/b.png", "y/labels/final/b.png")
+    assert names(find_stream(tmp_path, labelled=True)) == ["x/a", "y/b"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "error"),
+    [
+        (["a.png", "a.nii.gz"], "has the final annotations .*a.nii.gz and .*a.png: keep one"),
+        (["a.nrrd"], r"annotation .*a.nrrd of a.png cannot be used: save it as PNG"),
+        (["a.nii.gz"], r"annotation .*a.nii.gz of a.png cannot be used: save it as PNG"),
+        (["other.png"], "none of the 1 images has a final annotation in"),
+    ],
+)
+def test_final_annotations_that_cannot_be_used_are_named(tmp_path: Path, labels: list[str], error: str) -> None:
+    touch(tmp_path, "a.png", *(f"labels/final/{name}" for name in labels))
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        find_stream(tmp_path, labelled=True)
