@@ -109,10 +109,9 @@ def images_needed(differences: np.ndarray, confidence: float, most: int = 1000) 
     if mean <= 0 or count < 2:
         return None
     spread = float(np.std(differences, ddof=1))
-    for total in range(count, count + most + 1):
-        if mean > stats.t.ppf(confidence, total - 1) * spread / math.sqrt(total):
-            return total - count
-    return None
+    totals = np.arange(count, count + most + 1)
+    enough = np.flatnonzero(mean > stats.t.ppf(confidence, totals - 1) * spread / np.sqrt(totals))
+    return int(enough[0]) if len(enough) else None
 
 
 @dataclass(frozen=True)
