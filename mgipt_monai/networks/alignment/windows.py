@@ -84,7 +84,8 @@ class Windows:
         window = list(inferer.roi_size) if not isinstance(inferer.roi_size, int) else [inferer.roi_size] * len(sides)
         if isinstance(inferer, SliceInferer):
             self.squeezed = inferer.spatial_dim + 2
-            window.insert(inferer.spatial_dim, 1)
+            if len(window) < len(sides):  # the inferer does so itself, at its first volume
+                window.insert(inferer.spatial_dim, 1)
         window = list(fall_back_tuple(window, sides))
         # half before and half after, last axis first, as the inferer does
         missing = [max(w - n, 0) for w, n in zip(window, sides, strict=True)]
