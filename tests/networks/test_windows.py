@@ -131,13 +131,12 @@ def test_slices_share_the_volumes_prompt(axis: int) -> None:
 
 
 def test_second_volume_goes_through_the_same_slice_inferer() -> None:
-    net = tiny_network()
+    net = network(dims=2)
     inferer = AdaptiveInferer(quick(net), SliceInferer(roi_size=(10, 10), spatial_dim=2))
-    first, second = torch.rand(1, 3, 12, 12, 7), torch.rand(1, 3, 14, 12, 9)
-    assert inferer(first, net).shape == (1, 2, 12, 12, 7)
-    after_another = inferer(second, net)
-    assert after_another.shape == (1, 2, 14, 12, 9)
-    assert torch.isfinite(after_another).all()
+    for sides in ((12, 12, 7), (14, 12, 9)):
+        logits = inferer(volume(*sides), net)
+        assert logits.shape == (1, 2, *sides)
+        assert torch.isfinite(logits).all()
 
 
 def test_slices_of_source_are_the_slices_one_by_one() -> None:
