@@ -22,6 +22,9 @@ from mgipt_monai.networks.prompts.early_stop import Head
 
 __all__ = ["Audit", "audit"]
 
+FEWEST = 3
+"""Fewest new images (or groups): nothing is fitted to them, so fewer than for commissioning do."""
+
 
 @dataclass(frozen=True)
 class Audit:
@@ -88,7 +91,7 @@ def audit(
     """
     check_settings(confidence, NOTHING, tolerated_loss, 1.0, metric, head)
     network = network.eval().requires_grad_(False)
-    cases, known = read_cases(labelled, device_of(network) if device is None else device, head), set(known)
+    cases, known = read_cases(labelled, device_of(network) if device is None else device, head, FEWEST), set(known)
     if seen := [case.name for case in cases if case.sha256 in known]:
         raise ValueError(f"{', '.join(seen[:4])}: the site was commissioned on this image: audit it on new ones")
     plain = build_base(base, network, shared={"head": head, "statistics_path": statistics, "seed": seed})

@@ -176,7 +176,7 @@ def commission(
         >>> network = nn.Conv2d(1, 1, 1)
         >>> network.load_state_dict({"weight": torch.full((1, 1, 1, 1), 4.0), "bias": torch.zeros(1)})
         <All keys matched successfully>
-        >>> images = [torch.rand(1, 24, 24) for _ in range(4)]
+        >>> images = [torch.rand(1, 24, 24) for _ in range(6)]
         >>> labelled = [{"image": image, "label": (image > 0.7).float()} for image in images]
         >>> result = commission(network, labelled, candidates=["none + offset"])
         >>> result.certified, result.table[0].gain > 0, result.method(images[0][None]).shape

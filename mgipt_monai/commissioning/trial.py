@@ -68,8 +68,8 @@ TRAINED = {"norms": fit_norms, "prompts": fit_prompts}
 """Correctors that take forwards and backwards to fit; an offset comes with them."""
 CORRECTORS = ("offset", *TRAINED)
 CANDIDATES = ("none + offset", "steady + offset", "fast + offset", "none + norms")
-FEWEST = 3
-"""Fewest labelled images (or groups) with which anything can be certified."""
+FEWEST = 5
+"""Fewest labelled images (or groups) that are accepted: with three, one certificate in eight was false on one site."""
 FOLDS = 5
 """Folds of the cross-validation of what takes passes to fit; an offset is left out image by image."""
 SWAPPED = 0.1
@@ -125,7 +125,9 @@ def read_candidates(candidates: Sequence[str] | str, bases: Mapping[str, Any]) -
     return list(dict.fromkeys(wanted))
 
 
-def read_cases(labelled: Iterable[Mapping[str, Any]], device: torch.device | str, head: Head) -> list[Case]:
+def read_cases(
+    labelled: Iterable[Mapping[str, Any]], device: torch.device | str, head: Head, fewest: int = FEWEST
+) -> list[Case]:
     """Check labelled images and return them on a device, (1, C, \\*spatial); raise ValueError by name."""
     cases: list[Case] = []
     seen: dict[str, str] = {}
@@ -154,9 +156,9 @@ def read_cases(labelled: Iterable[Mapping[str, Any]], device: torch.device | str
             raise ValueError(f"{name} is the same image as {other}: leave one out")
         cases.append(case)
     groups = len({case.group for case in cases})
-    if groups < FEWEST:
+    if groups < fewest:
         what = "images" if groups == len(cases) else f"groups (in {len(cases)} images)"
-        raise ValueError(f"{groups} labelled {what} can certify nothing: give at least {FEWEST}, better ten")
+        raise ValueError(f"{groups} labelled {what} can certify nothing: give at least {fewest}, better ten")
     for channel in range(cases[0].label.shape[1]):
         if not any(case.label[:, channel].any() for case in cases):
             raise ValueError(f"class {channel} is in no label: leave it out, or label images that have it")

@@ -121,7 +121,7 @@ def test_network_stays_bit_identical_and_the_same_seed_gives_the_same(found: Com
 
 
 def test_setting_is_small_and_holds_no_image(found: Commissioning) -> None:
-    big = [{"image": torch.rand(1, 256, 256), "label": (torch.rand(1, 256, 256) > 0.5).float()} for _ in range(3)]
+    big = [{"image": torch.rand(1, 256, 256), "label": (torch.rand(1, 256, 256) > 0.5).float()} for _ in range(5)]
     result = commission(
         segmenter(classes=1), big, candidates=["steady + offset", "none + norms"], fallback="steady", check_labels=False
     )
@@ -201,10 +201,10 @@ def test_file_gives_the_same_setting_and_damage_is_refused(found: Commissioning,
 
 
 def test_groups_count_once_and_are_never_split() -> None:
-    cases = site(12, thresholds=(0.4, 0.65), groups=4)
+    cases = site(12, thresholds=(0.4, 0.65), groups=6)
     result = commission(segmenter(), cases, candidates=QUICK)
-    assert "; 4 labelled images" in result.statement or "with 4 labelled images" in result.statement
-    assert {case["group"] for case in result.cases} == {"p0", "p1", "p2", "p3"}
+    assert "; 6 labelled images" in result.statement or "with 6 labelled images" in result.statement
+    assert {case["group"] for case in result.cases} == {f"p{n}" for n in range(6)}
     with pytest.raises(ValueError, match=r"2 labelled groups \(in 12 images\) can certify nothing"):
         commission(segmenter(), site(12, groups=2), candidates=QUICK)
 
@@ -226,7 +226,7 @@ def test_too_much_harm_is_no_certificate(found: Commissioning) -> None:
 
 
 def change(key: str, value: Any, place: int = 1) -> list[dict[str, Any]]:
-    cases = site(4)
+    cases = site(5)
     cases[place][key] = value
     return cases
 
@@ -234,7 +234,7 @@ def change(key: str, value: Any, place: int = 1) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("cases", "message"),
     [
-        (site(2), "2 labelled images can certify nothing: give at least 3"),
+        (site(4), "4 labelled images can certify nothing: give at least 5"),
         (change("label", torch.zeros(2, 32, 32)), "eye_1: the label is empty"),
         (change("label", torch.ones(2, 16, 16)), "eye_1: the image is 32x32 and the label 16x16"),
         (change("label", torch.full((2, 32, 32), 2.0)), "eye_1: the label has values other than 0 and 1"),
@@ -243,11 +243,11 @@ def change(key: str, value: Any, place: int = 1) -> list[dict[str, Any]]:
         (change("image", site(1)[0]["image"]), "eye_1 is the same image as eye_0"),
         ([{"image": torch.rand(1, 8, 8)}], "image 0 has no label"),
         (
-            [{**case, "label": case["label"] * torch.tensor([1.0, 0.0])[:, None, None]} for case in site(4)],
+            [{**case, "label": case["label"] * torch.tensor([1.0, 0.0])[:, None, None]} for case in site(5)],
             "class 1 is",
         ),
-        ([{**case, "label": case["label"].flip(0)} for case in site(4)], "seem to be swapped"),
-        ([{**case, "label": case["label"][:1]} for case in site(4)], "the network predicts 2 classes"),
+        ([{**case, "label": case["label"].flip(0)} for case in site(5)], "seem to be swapped"),
+        ([{**case, "label": case["label"][:1]} for case in site(5)], "the network predicts 2 classes"),
     ],
 )
 def test_labels_and_images_that_cannot_be_right_are_named(cases: list[dict[str, Any]], message: str) -> None:
@@ -271,7 +271,7 @@ def test_labels_and_images_that_cannot_be_right_are_named(cases: list[dict[str, 
 )
 def test_wrong_settings_fail_before_any_work(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        commission(segmenter(), site(4), **settings)
+        commission(segmenter(), site(5), **settings)
 
 
 def test_bases_that_do_not_fit_the_network_are_left_out_with_the_reason() -> None:
@@ -289,7 +289,7 @@ def test_corrector_whose_fit_overflows_is_left_out_with_the_reason(monkeypatch: 
     cases = site(6, thresholds=(0.4, 0.65))
     result = commission(segmenter(), cases, candidates=["none + offset", "none + prompts"])
     assert result.chosen == "none + offset"
-    assert "the image is constant" in result.skipped["prompts"]
+    assert "the image is constant" in result.skipped["none + prompts"]
 
 
 def test_images_without_a_finite_gradient_move_no_share() -> None:
@@ -394,5 +394,5 @@ def test_audit_proves_again_on_new_images_and_refuses_old_ones(found: Commission
     assert "It harms" in worse.statement
     with pytest.raises(ValueError, match="was commissioned on this image"):
         audit(
-            segmenter(), site(4, thresholds=(0.4, 0.65)), found.setting, base, known=[c["sha256"] for c in found.cases]
+            segmenter(), site(5, thresholds=(0.4, 0.65)), found.setting, base, known=[c["sha256"] for c in found.cases]
         )

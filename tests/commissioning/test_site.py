@@ -126,26 +126,26 @@ def test_interrupted_stream_of_a_site_goes_on_alike(site: Path, photographs: Pat
 
 def test_more_images_are_added_and_new_ones_audit(site: Path, photographs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "site"
-    labelled = part_of(photographs, tmp_path / "labelled", range(4))
+    labelled = part_of(photographs, tmp_path / "labelled", range(5))
     assert mgipt("commission", labelled, folder, **LOOSE) == 0
-    more = part_of(photographs, tmp_path / "more", range(4, 8))
+    more = part_of(photographs, tmp_path / "more", range(5, 7))
     assert mgipt("commission", more, folder, add="True", **LOOSE) == 0
     report = report_of(folder)
-    assert len(report["cases"]) == 8
+    assert len(report["cases"]) == 7
     assert report["certified"]
-    new = part_of(photographs, tmp_path / "new", range(8, 12))
+    new = part_of(photographs, tmp_path / "new", range(7, 12))
     before = SiteSetting.load(folder / "site.pt")
     assert mgipt("commission", new, folder, audit="True", **LOOSE) == 0
     (audit,) = report_of(folder)["audits"]
     assert audit["gain"] > 0
-    assert len(audit["cases"]) == 4
+    assert len(audit["cases"]) == 5
     assert SiteSetting.load(folder / "site.pt").correction.digest == before.correction.digest
     with pytest.raises(SystemExit):
         mgipt("commission", more, folder, audit="True", **LOOSE)
 
 
 def test_hidden_names_are_in_no_file(photographs: Path, tmp_path: Path) -> None:
-    labelled = part_of(photographs, tmp_path / "labelled", range(3))
+    labelled = part_of(photographs, tmp_path / "labelled", range(5))
     folder = tmp_path / "site"
     assert mgipt("commission", labelled, folder, identifiers="hashed", **LOOSE) == 0
     for path in folder.iterdir():
@@ -156,7 +156,7 @@ def test_hidden_names_are_in_no_file(photographs: Path, tmp_path: Path) -> None:
 
 
 def test_what_nobody_commissioned_is_never_written_over(photographs: Path, tmp_path: Path, capsys: Any) -> None:
-    labelled = part_of(photographs, tmp_path / "labelled", range(3))
+    labelled = part_of(photographs, tmp_path / "labelled", range(5))
     (tmp_path / "site").mkdir()
     mine = tmp_path / "site" / "site.yaml"
     mine.write_text("mine")
@@ -195,17 +195,17 @@ def test_bundle_run_does_the_same(site: Path, photographs: Path, tmp_path: Path)
 def test_groups_of_a_datalist_are_honoured(photographs: Path, tmp_path: Path) -> None:
     folder = photographs / "low_contrast"
     lines = ["image,label,group"]
-    lines += [f"{folder}/images/eye_{n:03d}.png,{folder}/masks/eye_{n:03d}.png,patient {n // 2}" for n in range(8)]
+    lines += [f"{folder}/images/eye_{n:03d}.png,{folder}/masks/eye_{n:03d}.png,patient {n // 2}" for n in range(10)]
     (tmp_path / "labelled.csv").write_text("\n".join(lines) + "\n")
     assert mgipt("commission", tmp_path / "labelled.csv", tmp_path / "site", **LOOSE) == 0
-    assert {case["group"] for case in report_of(tmp_path / "site")["cases"]} == {f"patient {n}" for n in range(4)}
+    assert {case["group"] for case in report_of(tmp_path / "site")["cases"]} == {f"patient {n}" for n in range(5)}
 
 
 def test_too_few_and_unreadable_images_are_said_last(photographs: Path, tmp_path: Path, capsys: Any) -> None:
-    labelled = part_of(photographs, tmp_path / "labelled", range(2))
+    labelled = part_of(photographs, tmp_path / "labelled", range(4))
     with pytest.raises(SystemExit):
         mgipt("commission", labelled, tmp_path / "site", **LOOSE)
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: 2 labelled images can certify nothing")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: 4 labelled images can certify nothing")
     (labelled / "low_contrast" / "images" / "eye_001.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit):
         mgipt("commission", labelled, tmp_path / "site", **LOOSE)
