@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="sites to take")
     parser.add_argument("--configs", nargs="*", default=[], type=Path)
     parser.add_argument("--ckpt_path", type=Path)
-    parser.add_argument("--k", nargs="+", type=int, default=[3, 5, 10, 20])
+    parser.add_argument("--k", nargs="+", type=int, default=[5, 10, 20])
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES))
     parser.add_argument("--fallback", default="steady")

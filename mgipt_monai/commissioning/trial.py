@@ -69,7 +69,7 @@ TRAINED = {"norms": fit_norms, "prompts": fit_prompts}
 CORRECTORS = ("offset", *TRAINED)
 CANDIDATES = ("none + offset", "steady + offset", "fast + offset", "none + norms")
 FEWEST = 5
-"""Fewest labelled images (or groups) that are accepted: with three, one certificate in eight was false on one site."""
+"""Fewest labelled images (or groups) that are accepted; with three, one certificate in eight was false on one site."""
 FOLDS = 5
 """Folds of the cross-validation of what takes passes to fit; an offset is left out image by image."""
 SWAPPED = 0.1
