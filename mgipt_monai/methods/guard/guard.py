@@ -257,10 +257,14 @@ class Guard(nn.Module):
         Raises:
             ValueError: if it does not fit; nothing is changed then.
         """
-        check_keys("guard's state", state, {*self.memory.state(), *lasting.adaptation_state()})
+        own = copy.deepcopy(lasting.adaptation_state())
+        check_keys("guard's state", state, {*self.memory.state(), *own})
         lasting.check_adaptation_state(state)
         self.memory.load_state(state)
-        self.good = copy.deepcopy({key: state[key] for key in lasting.adaptation_state()})
+        # as the method takes it up, without what it passes over
+        lasting.load_adaptation_state({key: state[key] for key in own})
+        self.good = copy.deepcopy(lasting.adaptation_state())
+        lasting.load_adaptation_state(own)
 
     def _is_crossed(self, name: str, signals: Mapping[str, float]) -> bool:
         return THRESHOLDS[name].is_crossed(getattr(self, name), signals)

@@ -40,6 +40,7 @@ class Guarded(WrappedMethod):
             leaves no room for another forward.
 
     Example:
+        >>> from torch import nn
         >>> from mgipt_monai import VPTTA
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
         >>> guarded = Guarded(VPTTA(network), Guard(min_agreement=0.9))
