@@ -152,8 +152,10 @@ def read_cases(
         if cases and label.shape[1] != cases[0].label.shape[1]:
             raise ValueError(f"{name}: {label.shape[1]} classes, but {cases[0].name} has {cases[0].label.shape[1]}")
         case = Case(name, image, label, str(item.get("group", name if "name" in item else index)))
-        if (other := seen.setdefault(case.sha256, name)) != name or (len(cases) and name in [c.name for c in cases]):
-            raise ValueError(f"{name} is the same image as {other}: leave one out")
+        if any(name == other.name for other in cases):
+            raise ValueError(f"two images have the name {name}: give each its own")
+        if (twin := seen.setdefault(case.sha256, name)) != name:
+            raise ValueError(f"{name} is the same image as {twin}: leave one out")
         cases.append(case)
     groups = len({case.group for case in cases})
     if groups < fewest:
