@@ -132,11 +132,13 @@ MODULES = {
     "compare": ("mgipt_monai.benchmark.comparison", "tables of a benchmark, or of several runs, in Markdown"),
     "datalist": ("mgipt_monai.data.datalists", "write a stream as a list of images"),
     "published": ("mgipt_monai.data.published.__main__", "convert a published data set that you have"),
+    "nnunet-predict": ("mgipt_monai.nnunet.predict", "nnUNetv2_predict with adaptation"),
+    "nnunet-calibrate": ("mgipt_monai.nnunet.calibrate", "measure what source images look like inside an nnU-Net"),
     "label-app": ("mgipt_monai.label_app", "put the bundle into MONAI Label"),
 }
 """Commands that are modules of their own."""
 
-RESUMES = {"protocol": "the same command"}
+RESUMES = {"protocol": "the same command", "nnunet-predict": "--resume"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ EXTRAS = {
     "benchmark": {"matplotlib": "matplotlib", "jinja2": "jinja2", "scipy": "scipy", "py_sod_metrics": "pysodmetrics"},
     "commission": {"matplotlib": "matplotlib", "jinja2": "jinja2", "scipy": "scipy"},
     "demo": {"matplotlib": "matplotlib"},
+    "nnunet": {"nnunetv2": "nnunetv2"},
 }
 """Extra to its modules, and the packages that they are from."""
 
@@ -112,7 +113,7 @@ def require(extra: str, *modules: str) -> None:
     """Raise an error with the fix unless an extra's modules are there.
 
     Args:
-        extra: ``benchmark`` or ``demo``.
+        extra: one of ``EXTRAS``.
         modules: those of its modules that are needed; none means all.
 
     Raises:
