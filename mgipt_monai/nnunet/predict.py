@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ from monai.data import DataLoader, MetaTensor
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
 from torch import Tensor
 
 from mgipt_monai.data import StreamDataset, check_outputs
@@ -108,10 +108,14 @@ def find_cases(folder: str, ending: str) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: if there are none.
     """
-    cases = create_lists_from_splitted_dataset_folder(folder, ending) if os.path.isdir(folder) else []
-    if not cases:
+    # not nnU-Net's own search, whose pool of forked processes can hang where signals have handlers
+    found: dict[str, list[str]] = {}
+    for path in sorted(Path(folder).glob("*")):
+        if match := re.fullmatch(rf"(.+)_\d{{4}}{re.escape(ending)}", path.name):
+            found.setdefault(match[1], []).append(str(path))
+    if not found:
         raise FileNotFoundError(f"there are no cases in {folder}: nnU-Net's images are named CASE_0000{ending}")
-    return [{"image": files, "name": Path(files[0]).name[: -len(f"_0000{ending}")]} for files in cases]
+    return [{"image": found[name], "name": name} for name in sorted(found)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from mgipt_monai.networks.alignment import SourceStatistics
 from mgipt_monai.networks.prompts.early_stop import Head
 from mgipt_monai.nnunet.folds import FoldEnsemble
 from mgipt_monai.nnunet.sliding_window import NnunetSlices, NnunetWindows
+from mgipt_monai.utils.files import root_cause
 from mgipt_monai.utils.provenance import fingerprint
 
 __all__ = ["DEFAULT", "AdaptivePredictor", "find_statistics", "fold_networks", "method_presets"]
@@ -188,7 +189,11 @@ def preset_maker(name: str, configs: Sequence[str | os.PathLike[str]] = ()) -> M
         config: dict[str, Any] = ConfigParser.load_config_files(paths)
         parser = ConfigParser({**config, "head": head})
         parser["network"], parser["statistics_path"] = network, statistics
-        method = parser.get_parsed_content("method")
+        try:
+            method = parser.get_parsed_content("method")
+        except RuntimeError as error:  # of MONAI, around the method's own
+            missing = " (mgipt nnunet-calibrate measures them for an nnU-Net)" if statistics is None else ""
+            raise ValueError(f"the preset {name} does not fit this network: {root_cause(error)}{missing}") from error
         assert isinstance(method, AdaptationMethod)
         return method
 
