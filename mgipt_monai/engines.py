@@ -18,12 +18,14 @@ from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
+from monai.utils import CommonKeys
 from torch import nn
 
 from mgipt_monai.data.dataset import FAILURE, KIND, MACHINE, MEMORY, PLACE
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.metrics import ImageMeasures
+from mgipt_monai.metrics import UNADAPTED, ImageMeasures, mask_dice
 from mgipt_monai.networks.alignment.windows import network_turn
+from mgipt_monai.stream.records import json_types
 from mgipt_monai.stream.signals import stopping_cleanly
 from mgipt_monai.stream.summary import StreamSummary
 from mgipt_monai.utils.files import atomic_path, file_names, root_cause, with_file_name
@@ -78,6 +80,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         stop_on_failure: whether the first failed image ends the run.
         progress: whether to show the progress bar.
         summary_path: JSON file for the summary, written at the end; None writes none.
+        review_path: CSV file for the images, those to look at first in front, written at the end; None writes none.
         kwargs: as for ``SupervisedEvaluator``.
 
     Raises:
@@ -96,6 +99,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         stop_on_failure: bool = False,
         progress: bool = True,
         summary_path: str | os.PathLike | None = None,
+        review_path: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
         if getattr(val_data_loader, "batch_size", 1) != 1:
@@ -104,7 +108,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             )
         self.measures = ImageMeasures(image_metrics, probability_metrics, class_names)
         self.stop_on_failure = stop_on_failure
-        self.summary_path = summary_path
+        self.summary_path, self.review_path = summary_path, review_path
         self.postprocessing = kwargs.get("postprocessing")  # which MONAI itself does not keep
         events = [*(kwargs.pop("event_names", None) or []), AdaptationEvents]
         super().__init__(
@@ -159,11 +163,15 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     def _report(self, figures: dict[str, dict[str, Any]]) -> None:
         if figures["all"]["images"]:
             logger.info("stream of %d images done\n%s", figures["all"]["images"], self.state.summary.table())
+            for sentence in self.state.summary.verdict():
+                logger.info(sentence)
         for alarm in self.state.summary.drift:
             logger.warning(alarm)
         if self.summary_path is not None:
             with atomic_path(self.summary_path) as part:
-                part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+                part.write_text(json.dumps(json_types(figures), indent=2) + "\n", encoding="utf-8")
+        if self.review_path is not None:
+            self.state.summary.write_review(self.review_path)
 
     def _iteration(self, engine: Any, batchdata: dict[str, Any]) -> Any:
         method: AdaptationMethod | None = getattr(self.inferer, "method", None)
@@ -186,8 +194,8 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
                 output = super()._iteration(engine, batchdata)
                 # without the time of the metrics
                 record["seconds"] = time.perf_counter() - start
-                metrics = self.measures(engine.state.output[0])
-                record |= {"status": "ok", "metrics": metrics, **(method.last[0] if method is not None else {})}
+                done = method.last[0] if method is not None else {}
+                record |= {"status": "ok", **self._measured(engine.state.output[0]), **done}
         except Exception as error:
             if (what := machine_failure(error)) is not None:
                 stopped = MachineFailureError(
@@ -206,8 +214,19 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             logger.error("%s failed: %s", record["name"], record["reason"])
         record.setdefault("seconds", time.perf_counter() - start)
         engine.state.record = record
-        engine.state.summary.add(engine.state.record)
+        handler = getattr(self, "adaptation_handler", None)
+        engine.state.summary.add(record, None if handler is None else handler.shown(record["name"]))
         return output
+
+    def _measured(self, output: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a record says about the masks of an image."""
+        found: dict[str, Any] = {"metrics": self.measures(output)}
+        if UNADAPTED in output:
+            found["unadapted_metrics"] = self.measures(output, UNADAPTED)
+            found["agreement"] = self.measures.by_class(mask_dice(output[CommonKeys.PRED], output[UNADAPTED]))
+        if "quality" in output:
+            found["quality"] = self.measures.by_class(output["quality"])
+        return found
 
     def _fire_event(self, event_name: Any, *args: Any, **kwargs: Any) -> None:
         # a failed image has no output, so metrics and other ITERATION_COMPLETED handlers must not run
