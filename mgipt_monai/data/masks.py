@@ -13,6 +13,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelWriter, PILWriter
 from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_tensor
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -52,8 +53,28 @@ def output_name(data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "
     return f"{name}{ending}{MASK_ENDINGS[is_nifti(image)]}"
 
 
+PALETTE = np.array(
+    [
+        [0, 0, 0],
+        [86, 180, 233],
+        [230, 159, 0],
+        [0, 158, 115],
+        [240, 228, 66],
+        [204, 121, 167],
+        [213, 94, 0],
+        [0, 114, 178],
+    ],
+    dtype=np.uint8,
+)
+"""Colours of the values 0 to 7, distinct for all kinds of colour vision; further values begin again at 1."""
+
+
 def write_image(
-    image: MetaTensor, path: str | os.PathLike[str], dtype: type = np.uint8, columns_first: bool = False
+    image: MetaTensor,
+    path: str | os.PathLike[str],
+    dtype: type = np.uint8,
+    columns_first: bool = False,
+    palette: bool = False,
 ) -> None:
     """Write an image: NIfTI (same affine) if its file was NIfTI, otherwise PNG.
 
@@ -62,6 +83,7 @@ def write_image(
         path: the file, with the extension of the format.
         dtype: data type of a NIfTI file; PNG is 8-bit.
         columns_first: whether photographs were read columns first.
+        palette: whether a PNG shows its values in colours; they stay the same values.
     """
     if is_nifti(image):
         # a file with one slice (H, W, 1) was flattened for a 2D network; its last axis is restored
@@ -76,6 +98,12 @@ def write_image(
         png.set_data_array(image)
         png.set_metadata(image.meta, resample=False)
         png.write(path, reverse_indexing=columns_first)
+        if palette:
+            colours = PALETTE[[0, *(1 + value % (len(PALETTE) - 1) for value in range(255))]]
+            with Image.open(path) as plain:
+                coloured = plain.convert("L")
+            coloured.putpalette(colours.tobytes())
+            coloured.save(path, format="PNG")
 
 
 def draw_label_map(masks: AnyTensor, values: Sequence[int]) -> AnyTensor:
@@ -150,6 +178,7 @@ class SaveMaskd(MapTransform):
         output_dir: folder to write to; it must be writable.
         values: value of each channel's structure in the file; later channels override earlier ones.
         reverse_indexing: whether photographs were read columns first, as MONAI's ``PILReader`` does by default.
+        palette: whether PNG files show their values in colours; a reader of palettes' indices gets the same values.
 
     Raises:
         FileExistsError: when called, if a file stands there that no run wrote.
@@ -163,9 +192,10 @@ class SaveMaskd(MapTransform):
         output_dir: str | os.PathLike[str],
         values: Sequence[int] = (1,),
         reverse_indexing: bool = False,
+        palette: bool = False,
     ) -> None:
         super().__init__(keys)
-        self.reverse_indexing = reverse_indexing
+        self.reverse_indexing, self.palette = reverse_indexing, palette
         self.folder = OutputFolder(output_dir)
         self.values = values
         self.folder.prepare()
@@ -175,7 +205,7 @@ class SaveMaskd(MapTransform):
         for key in self.keys:
             drawn = draw_label_map(data[key], self.values)
             with self.folder.writing(output_name(data, data[key])) as part:
-                write_image(drawn, part, columns_first=self.reverse_indexing)
+                write_image(drawn, part, columns_first=self.reverse_indexing, palette=self.palette)
         return dict(data)
 
 

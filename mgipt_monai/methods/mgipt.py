@@ -204,7 +204,7 @@ class MGIPT(Remembering):
         with torch.no_grad():
             views = torch.cat([prompt(image), prompt(self.jitter(image))])
             logits = self.norms.predict_windows(views, self._tuning_normalization("calibrated"))
-            return consistency_score(*logits.split(1), self.head)
+            return consistency_score(logits[:1], logits[1:], self.head)
 
     def _tuning_normalization(self, paper: Normalization) -> Normalization:
         """Return the paper's normalisation, or with ``released`` that of the released code."""

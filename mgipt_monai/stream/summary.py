@@ -103,9 +103,9 @@ class StreamSummary:
         the ``mean`` over images of their means over classes, and ``worst_tenth``, the mean of the lowest tenth of these
         (at least one image). NaN values (absent classes) are ignored. If the images were also predicted without
         adaptation, there are ``unadapted_metrics``, and ``gain``: for each metric the ``mean`` difference that
-        adaptation made, its 95 % ``interval`` (bootstrap over images), and the number of images ``worse`` and ``better`` by more
-        than a hundredth. ``agreement`` (Dice of the masks with and without adaptation) and ``quality`` are means over
-        images of the lowest class.
+        adaptation made, its 95 % ``interval`` (bootstrap over images), and the number of ``images``, and of those that
+        are ``worse`` and ``better`` by more than a hundredth. ``agreement`` (Dice of the masks with and without
+        adaptation) and ``quality`` are means over images of the lowest class.
         """
         by_site: dict[str, list[dict[str, Any]]] = {}
         for row in self._rows:
