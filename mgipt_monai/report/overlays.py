@@ -218,6 +218,7 @@ def contour_picture(
     axes.imshow(np.asarray(picture.convert("RGB")), extent=(0, width, height, 0), interpolation="none", aspect="auto")
     for name, mask in outlines.items():
         style = {**STYLES[name], "linewidths": STYLES[name]["linewidths"] * min(1.6, max(1, side / 288))}
+        style = {**STYLES[name], "linewidths": STYLES[name]["linewidths"] * min(1.6, max(1, side / 288))}
         edge = [patheffects.Stroke(linewidth=style["linewidths"] + 1, foreground=EDGE), patheffects.Normal()]
         for of_class in mask:
             # zeros around it close the contour of a mask that reaches the image's border
