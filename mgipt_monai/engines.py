@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence, Sized
-from typing import Any
+from typing import Any, cast
 
 import ignite.distributed as idist
 import numpy as np
@@ -179,7 +179,8 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         self._bar.close()
         with stopping_at_once():  # while processes wait for each other no signal would be heard
             self.state.summary = self.state.summary.of_all_processes()
-            measured = [row for rows in idist.all_gather(self._measured) for row in rows]  # type: ignore[union-attr]
+            gathered = cast("list[list[dict[str, dict[str, float]]]]", idist.all_gather(self._measured))
+        measured = [row for rows in gathered for row in rows]
         figures = self.state.summary.figures()
         self.state.metrics |= _by_name(figures["all"]["metrics"])
         for name, classes in (measured[0] if measured else {}).items():
