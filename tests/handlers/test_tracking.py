@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from ignite.engine import Events
+from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
-from monai.handlers import MetricsSaver, TensorBoardStatsHandler, from_engine
+from monai.handlers import MetricsSaver, TensorBoardStatsHandler
 from monai.metrics import DiceMetric
 from monai.transforms import Activationsd, AsDiscreted, Compose
 
@@ -20,7 +22,7 @@ from mgipt_monai.data.dataset import FAILURE
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
 from mgipt_monai.handlers import StreamMLFlowHandler
-from tests.bundle.conftest import BUNDLE, QUICK
+from tests.bundle.conftest import BUNDLE, QUICK, ROOT
 from tests.conftest import stream, tiny_network
 from tests.module_runs import run_module
 
@@ -73,19 +75,20 @@ def test_metrics_are_there_when_other_handlers_look(tmp_path: Path) -> None:
 
 def test_tensorboard_has_each_image_and_the_end(tmp_path: Path) -> None:
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    handler = TensorBoardStatsHandler(
-        log_dir=str(tmp_path / "board"), output_transform=from_engine("figures", first=True)
-    )
+    (settings,) = yaml.safe_load((ROOT / "configs" / "tensorboard.yaml").read_text())["+handlers"]
+    transform = ConfigParser({"it": settings["output_transform"]}).get_parsed_content("it")
+    handler = TensorBoardStatsHandler(log_dir=str(tmp_path / "board"), output_transform=transform)
     with pytest.raises(StreamFailedError):
         evaluator(tmp_path, handler).run()
     handler.close()
     board = events.EventAccumulator(str(tmp_path / "board"))
     board.Reload()
-    scalars = [(each.step, each.value) for each in board.Scalars("dsc")]
-    means = image_means(tmp_path)
-    assert scalars[:3] == [(step, pytest.approx(mean)) for step, mean in zip((1, 3, 4), means, strict=True)]
-    assert scalars[3] == (1, pytest.approx(np.mean(means)))
-    assert {"dsc_disc", "loss_before", "loss_after", "forwards", "seconds"} <= set(board.Tags()["scalars"])
+    images, (end,) = board.Scalars("image/dsc"), board.Scalars("dsc")
+    assert [each.step for each in images] == [1, 3, 4]
+    assert [each.value for each in images] == pytest.approx(image_means(tmp_path))
+    assert end.value == pytest.approx(np.mean(image_means(tmp_path)))
+    tags = {"dsc_disc", *(f"image/{name}" for name in ("loss_before", "loss_after", "forwards", "seconds"))}
+    assert tags <= set(board.Tags()["scalars"])
 
 
 def test_metrics_saver_writes_means_and_images(tmp_path: Path) -> None:
