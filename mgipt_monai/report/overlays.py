@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 from urllib.parse import quote
 
+import ignite.distributed as idist
 import numpy as np
 from ignite.engine import Engine, Events
 from monai.utils import CommonKeys, convert_to_numpy
@@ -101,6 +102,8 @@ class OverlayWriter:
             part.write_bytes(png)
 
     def _finish(self, engine: Engine) -> None:
+        if idist.get_rank() > 0:
+            return  # the first process has the images of all
         rows = cast(Any, engine.state).summary.review()
         entries = [_entry(row) for row in rows if self.folder.file(f"{row['name']}.png").is_file()]
         if not entries:

@@ -73,6 +73,10 @@ class StreamSummary:
             total, count = self._totals.get(metric, (0.0, 0))
             self._totals[metric] = (total + mean, count + 1)
 
+    def __len__(self) -> int:
+        """Return the number of images, also failed ones."""
+        return len(self._rows)
+
     @property
     def failures(self) -> list[str]:
         """Name and reason of each image that failed."""
