@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,8 @@ class LowFrequencies:
         self.coefficients = coefficients / math.prod(spatial)
         zero = side // 2 if centred else (side + 1) // 2
         if offset is not None and zero < side:  # a block of side 1 that is not centred lacks the zero frequency
-            self.coefficients[(slice(None), slice(None), *[zero] * len(spatial))] += offset
+            place: list[Any] = [slice(None), slice(None), *[zero] * len(spatial)]
+            self.coefficients[tuple(place)] += offset
 
     def apply(self, prompt: Tensor) -> Tensor:
         """Multiply the amplitudes of the low frequencies.
