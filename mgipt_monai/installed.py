@@ -26,6 +26,7 @@ EXTRAS = {
     "commission": {"matplotlib": "matplotlib", "jinja2": "jinja2", "scipy": "scipy"},
     "demo": {"matplotlib": "matplotlib"},
     "nnunet": {"nnunetv2": "nnunetv2"},
+    "tracking": {"mlflow": "mlflow"},
 }
 """Extra to its modules, and the packages that they are from."""
 
