@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("nnunetv2")
 
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -220,7 +221,7 @@ def test_deep_supervision_is_off(model: Path) -> None:
 def test_what_does_not_fit_is_refused(model: Path, statistics: SourceStatistics, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="not initialised"):
         AdaptivePredictor(nnUNetPredictor(device=CPU))
-    with pytest.raises(ValueError, match="no preset stedy .did you mean steady"):
+    with pytest.raises(ValueError, match=r"no preset stedy \(did you mean steady"):
         AdaptivePredictor(initialised(model), "stedy")
     with pytest.raises(ValueError, match="batch norm"):
         AdaptivePredictor(initialised(model), "steady")
@@ -239,6 +240,27 @@ def test_nnunets_own_loop_adapts(model: Path, statistics: SourceStatistics, imag
     adaptive.predict_from_files_sequential(str(images), str(tmp_path / "out"))
     assert adaptive.method.images_seen == 3
     assert {path.name for path in (tmp_path / "out").glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz", "c.nii.gz"}
+
+
+class Autocast(nnUNetPredictor):
+    """Predicts as on a graphics card, where nnU-Net lets layers compute in 16 bits."""
+
+    def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().predict_sliding_window_return_logits(input_image)
+
+
+def test_autocast_is_kept(model: Path, statistics: SourceStatistics) -> None:
+    plain = Autocast(device=CPU, allow_tqdm=False, use_mirroring=False)
+    plain.initialize_from_trained_model_folder(str(model), None)
+    one = volume(1, (8, 8, 8))  # a single patch, so that the guard's loss is that of the prompts
+    expected = plain.predict_logits_from_preprocessed_data(one)
+    assert not torch.equal(expected, initialised(model).predict_logits_from_preprocessed_data(one))
+    assert torch.equal(AdaptivePredictor(plain).predict_logits_from_preprocessed_data(one), expected)
+    guarded = AdaptivePredictor(plain, "fast", statistics, configs=["guard"])
+    logits = guarded.predict_logits_from_preprocessed_data(one)
+    assert torch.isfinite(logits).all()
+    assert guarded.method.last[0]["signals"]["loss"] == pytest.approx(guarded.method.last[0]["loss_before"], rel=0.05)
 
 
 Run = Callable[..., None]
@@ -265,7 +287,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_command_writes_what_nnunet_writes(predict: Run, model: Path, images: Path, tmp_path: Path) -> None:
-    predict(images, "out", "--save_probabilities", "--preset", "source")
+    predict(images, "out", "--save_probabilities", "-npp", "1")
     (tmp_path / "own").mkdir()
     initialised(model).predict_from_files_sequential(str(images), str(tmp_path / "own"), save_probabilities=True)
     own, found = ({path.name for path in (tmp_path / name).iterdir()} for name in ("own", "out"))
@@ -273,11 +295,15 @@ def test_the_command_writes_what_nnunet_writes(predict: Run, model: Path, images
     for name in ("a", "b", "c"):
         arrays = [np.load(tmp_path / folder / f"{name}.npz")["probabilities"] for folder in ("own", "out")]
         np.testing.assert_array_equal(*arrays)
-        np.testing.assert_array_equal(masks(tmp_path / "own")[f"{name}.nii.gz"], masks(tmp_path / "out")[f"{name}.nii.gz"])
+        np.testing.assert_array_equal(
+            masks(tmp_path / "own")[f"{name}.nii.gz"], masks(tmp_path / "out")[f"{name}.nii.gz"]
+        )
     assert [row["name"] for row in records(tmp_path / "out")] == ["a", "b", "c"]
 
 
-def test_a_resumed_stream_equals_an_uninterrupted_one(predict: Run, images: Path, tmp_path: Path) -> None:
+def test_a_resumed_stream_equals_an_uninterrupted_one(
+    predict: Run, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     words = ["--preset", "fast", "--disable_tta"]
     predict(images, "whole", *words)
     (images / "c_0000.nii.gz").rename(tmp_path / "c_0000.nii.gz")
@@ -291,8 +317,15 @@ def test_a_resumed_stream_equals_an_uninterrupted_one(predict: Run, images: Path
         for name in ("whole", "parts")
     )
     assert whole == parts
-    with pytest.raises(SystemExit, match=r"^(?!0)"):
-        predict(images, "parts", "--preset", "fast", "--resume")  # with mirroring
+    for more, message in (
+        (["--resume"], "mirroring"),  # which was off
+        ([], "has the results of an earlier run"),
+    ):
+        with pytest.raises(SystemExit):
+            predict(images, "parts", "--preset", "fast", *more)
+        assert message in capsys.readouterr().err.splitlines()[-1]
+    predict(images, "parts", "--preset", "source", "--overwrite")
+    assert len(records(tmp_path / "parts")) == 3
 
 
 def test_a_bad_case_is_recorded_and_the_others_are_done(
@@ -329,6 +362,30 @@ def test_calibration_of_images_serves_prediction(model: Path, images: Path, tmp_
     words += ["--preset", "fast", "--disable_tta", "--statistics", str(tmp_path / "measured")]
     cli.main(["nnunet-predict", "-i", str(images), "-o", str(tmp_path / "out"), *words])
     assert [row["status"] for row in records(tmp_path / "out")] == ["ok"] * 3
+
+
+def test_folds_are_calibrated_on_their_own_training_cases(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    model = model_folder(tmp_path / "model", folds=2)
+    dataset = tmp_path / "preprocessed" / "Dataset999_Tiny"
+    (dataset / "tiny").mkdir(parents=True)
+    for seed, name in enumerate("abc"):
+        data = volume(seed).numpy()
+        segmentation = np.zeros(data.shape, np.int8)
+        nnUNetDatasetBlosc2.save_case(data, segmentation, {}, str(dataset / "tiny" / name))
+    splits = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c"], "val": ["a", "b"]}]
+    (dataset / "splits_final.json").write_text(json.dumps(splits), encoding="utf-8")
+    monkeypatch.setenv("nnUNet_preprocessed", str(dataset.parent))
+    words = ["-m", str(model), "--device", "cpu", "--disable_progress_bar"]
+    cli.main(["nnunet-calibrate", "-d", "Dataset999_Tiny", "-o", str(tmp_path / "measured"), *words])
+    found = [SourceStatistics.load(tmp_path / "measured" / f"fold_{fold}.pt") for fold in (0, 1)]
+    assert [each.images for each in found] == [2, 1]
+    words += ["--preset", "fast", "--disable_tta", "--statistics", str(tmp_path / "measured")]
+    cli.main(["nnunet-predict", "-i", str(images), "-o", str(tmp_path / "out"), *words])
+    assert [len(row["folds"]) for row in records(tmp_path / "out")] == [2, 2, 2]
+    cli.main(["records", str(tmp_path / "out" / "records.jsonl")])
+    assert "3" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> None:

@@ -12,7 +12,7 @@ import pytest
 from mgipt_monai import cli
 from mgipt_monai.installed import require
 
-BLOCKED = ("matplotlib", "jinja2", "scipy", "py_sod_metrics")
+BLOCKED = ("matplotlib", "jinja2", "scipy", "py_sod_metrics", "nnunetv2")
 
 
 def test_package_is_imported_without_the_extras() -> None:
@@ -57,6 +57,19 @@ def test_what_is_absent_is_named_before_any_work(
     assert 'pip install "mgipt_monai[' in captured.err
     assert not captured.out
     assert not Path("out").exists()
+
+
+def test_nnunet_is_named_before_any_work() -> None:
+    block = f"import sys; sys.modules.update(dict.fromkeys({BLOCKED}))"
+    words = ["nnunet-predict", "-i", "in", "-o", "out", "-m", "model"]
+    done = subprocess.run(
+        [sys.executable, "-c", f"{block}; from mgipt_monai import cli; cli.main({words})"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    message = 'this needs nnunetv2, which is not installed: pip install "mgipt_monai[nnunet]"'
+    assert message in done.stderr.splitlines()[-1]
 
 
 def test_modules_that_are_needed_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ class FoldEnsemble(AdaptationMethod):
         return Prediction(first.to(torch.float32), {**costs, "folds": records})
 
     def _bound(self) -> None:
-        for method, network in zip(self.folds, self.network, strict=False):
+        for method, network in zip(self.folds, self.network.children(), strict=False):  # no methods at first
             if method.network is not network:
                 method.bind(network)
 

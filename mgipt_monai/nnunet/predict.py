@@ -141,22 +141,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own.add_argument("--statistics", metavar="FOLDER", help="of nnunet-calibrate, for networks without batch norm")
     own.add_argument("--hashed", action="store_true", help="no names of cases in the records")
     parser.add_argument("--save_probabilities", action="store_true", help="write the class probabilities too")
+    flag: dict[str, Any] = {"nargs": "?", "const": "True", "choices": ("True",)}  # messages name them with the value
     parser.add_argument(
-        "--resume",
-        "--continue_prediction",
-        action="store_true",
-        help="go on with a run that was interrupted, as if it had not been",
+        "--resume", "--continue_prediction", **flag, help="go on with a run that ended early, as if it had not"
     )
+    parser.add_argument("--overwrite", **flag, help="replace the results of an earlier run")
     parser.add_argument("-npp", type=int, default=0, help="processes that preprocess ahead (default 0)")
     options = parser.parse_args(arguments)
 
     _, plain = initialised(options)
     cases = find_cases(options.i, ending := plain.dataset_json["file_ending"])
-    check_outputs(cases, options.o, options.i, OWN_FILES, masks=False)
+    again = {"resume": bool(options.resume), "overwrite": bool(options.overwrite)}
+    check_outputs(cases, options.o, options.i, OWN_FILES, masks=False, **again)
     predictor = AdaptivePredictor(plain, options.preset, options.statistics, configs=options.config)
     folder = OutputFolder(options.o)
     folder.prepare()
-    if not options.resume:
+    if not again["resume"]:
         for name in (f"{case['name']}{end}" for case in cases for end in (ending, ".npz", ".pkl")):
             folder.check(name)
     for name, content in (
@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         predictor.method,
         folder.file(STATE),
         folder.file(RECORDS),
-        resume=options.resume,
+        resume=again["resume"],
         identifiers="hashed" if options.hashed else "names",
         settings={"step_size": options.step_size, "mirroring": not options.disable_tta},
     ).attach(evaluator)

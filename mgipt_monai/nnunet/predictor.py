@@ -41,7 +41,7 @@ class AdaptivePredictor(nnUNetPredictor):
     precision; prompts, statistics and losses are in single precision. With ``source`` they are bit-identical to those
     of the predictor that is wrapped. All of nnU-Net's ``predict_from_...`` can be called; a case that cannot be adapted
     to (constant, or with NaN) raises an error and leaves the adaptation state as it was. Cases adapt one after another
-    in the order of the call. The state lasts as long as the predictor; ``mgipt nnunet-predict`` also keeps it in a file.
+    in the order of the call. The state lasts as long as the predictor; ``mgipt nnunet-predict`` keeps it in a file.
 
     Each fold is a network of its own with its own method and state, and the logits of all are averaged
     (:class:`FoldEnsemble`). The wrapped predictor is not changed. A network that was compiled runs uncompiled.
@@ -109,7 +109,7 @@ class AdaptivePredictor(nnUNetPredictor):
             torch.set_num_threads(threads)
 
     def to_image(self, data: Tensor) -> Tensor:
-        """Return a preprocessed case (C, \\*spatial) as an image (1, C, \\*spatial); a 2D image has no axis of slices."""
+        """Return a preprocessed case (C, \\*spatial) as an image (1, C, \\*spatial), a 2D one without slices."""
         if self.is_flat and data.shape[1] != 1:
             raise ValueError(f"the network takes 2D images, got a volume of shape {tuple(data.shape[1:])}")
         return (data[:, 0] if self.is_flat else data)[None]
@@ -132,8 +132,8 @@ def fold_networks(predictor: nnUNetPredictor) -> list[nn.Module]:
     previous = predictor.configuration_manager.previous_stage_name
     if previous is not None:
         raise ValueError(
-            f"this is the second stage of a cascade, after {previous}, whose masks are channels of its input: adaptation "
-            "supports only configurations that take the image alone"
+            f"this is the second stage of a cascade, after {previous}, whose masks are channels of its input: "
+            "adaptation supports only configurations that take the image alone"
         )
     plain = getattr(predictor.network, "_orig_mod", predictor.network)
     networks = []
@@ -168,7 +168,7 @@ def find_statistics(
 
 
 def method_presets() -> dict[str, Path | None]:
-    """Return the presets for nnU-Nets: those of ``mgipt predict``, and ``source``, which predicts without adaptation."""
+    """Return the presets for nnU-Nets: those of ``mgipt predict``, and ``source``, without adaptation."""
     return {"source": find_config("methods/source"), **presets()}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from monai.inferers import SliceInferer, SlidingWindowInferer
@@ -31,32 +30,27 @@ class _Forward(nn.Module):
 class _OwnPrediction:
     """Runs a predictor's own sliding window: its patches, Gaussian weights, mirroring, autocast and half precision."""
 
-    def __init__(self, predictor: nnUNetPredictor, **settings: Any) -> None:
-        super().__init__(
-            roi_size=[int(side) for side in predictor.configuration_manager.patch_size],
-            overlap=1 - predictor.tile_step_size,
-            **settings,
-        )
+    def __init__(self, predictor: nnUNetPredictor) -> None:
         self.predictor = copy.copy(predictor)
         self.predictor.network = self.predictor.list_of_parameters = None
+        self.sides = [int(side) for side in predictor.configuration_manager.patch_size]
+        self.overlap = 1 - predictor.tile_step_size
         axes = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
-        self.mirror_axes = [] if axes is None else list(axes)
-        self.gaussian = predictor.use_gaussian
+        self.mirror_axes = "" if axes is None else ", ".join(map(str, axes))
 
-    def __call__(self, inputs: Tensor, network: Callable[[Tensor], Tensor], *_args: Any, **_kwargs: Any) -> Tensor:
-        """Predict images (B, C, \\*spatial), in the range of nnU-Net's preprocessing: logits (B, K, \\*spatial)."""
+    def predict(self, images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         predictor = copy.copy(self.predictor)  # of this call, as other threads may predict at the same time
         predictor.network = _Forward(network)
-        flat = inputs.ndim == 4  # nnU-Net takes a 2D image for a volume with one slice
+        flat = images.ndim == 4  # nnU-Net takes a 2D image for a volume with one slice
         logits = []
-        for image in inputs:
+        for image in images:
             found = predictor.predict_sliding_window_return_logits(image[:, None] if flat else image)
-            logits.append((found[:, 0] if flat else found).to(inputs.device, torch.float32))
+            logits.append((found[:, 0] if flat else found).to(images.device, torch.float32))
         return torch.stack(logits)
 
 
-class NnunetWindows(_OwnPrediction, SlidingWindowInferer):
-    """nnU-Net's prediction of one image in patches of as many axes as the image has.
+class NnunetWindows(SlidingWindowInferer):
+    """nnU-Net's prediction of an image in patches of as many axes as the image has.
 
     Mirrored passes and patches are forwards of one image. Logits are nnU-Net's own, in half precision as it computes
     them, returned in single precision.
@@ -66,10 +60,20 @@ class NnunetWindows(_OwnPrediction, SlidingWindowInferer):
     """
 
     def __init__(self, predictor: nnUNetPredictor) -> None:
-        super().__init__(predictor)
+        own = _OwnPrediction(predictor)
+        super().__init__(own.sides, overlap=own.overlap)
+        # a resumed stream must have the same
+        self.mirror_axes, self.gaussian = own.mirror_axes, predictor.use_gaussian
+        self._own = own
+
+    def __call__(  # type: ignore[override] # nothing else than images
+        self, inputs: Tensor, network: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Predict images (B, C, \\*spatial), in the range of nnU-Net's preprocessing: logits (B, K, \\*spatial)."""
+        return self._own.predict(inputs, network)
 
 
-class NnunetSlices(_OwnPrediction, SliceInferer):
+class NnunetSlices(SliceInferer):
     """nnU-Net's prediction of a volume with a 2D configuration, slice by slice along the first axis.
 
     Args:
@@ -77,4 +81,13 @@ class NnunetSlices(_OwnPrediction, SliceInferer):
     """
 
     def __init__(self, predictor: nnUNetPredictor) -> None:
-        super().__init__(predictor, spatial_dim=0)
+        own = _OwnPrediction(predictor)
+        super().__init__(spatial_dim=0, roi_size=own.sides, overlap=own.overlap)
+        self.mirror_axes, self.gaussian = own.mirror_axes, predictor.use_gaussian
+        self._own = own
+
+    def __call__(  # type: ignore[override] # nothing else than images
+        self, inputs: Tensor, network: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Predict images (B, C, \\*spatial) as :class:`NnunetWindows` does."""
+        return self._own.predict(inputs, network)

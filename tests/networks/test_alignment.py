@@ -398,3 +398,16 @@ def test_prediction_works_in_inference_mode() -> None:
     with torch.inference_mode():
         assert torch.equal(norms.predict(images, "calibrated"), expected)
     assert torch.equal(functional.relu(norms.predict(images, "calibrated")), functional.relu(expected))
+
+
+@pytest.mark.parametrize("normalization", ["source", "calibrated"])
+def test_features_of_16_bits_are_measured_with_32(normalization: str) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    norms = AlignedNorms(network)
+    image = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 200  # sums of squares above 65504
+    _, expected = norms.predict_and_measure(image, normalization)
+    with torch.autocast("cpu", torch.half):
+        logits, loss = norms.predict_and_measure(image, normalization)
+    assert logits.dtype == torch.half
+    assert torch.isfinite(logits).all()
+    assert loss == pytest.approx(expected, rel=0.01)

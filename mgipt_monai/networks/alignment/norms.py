@@ -328,14 +328,19 @@ class _AlignedLayer:
         if norms.normalization != "source" and has_stored_statistics(layer):
             features = layer_features(layer, x, x, norms.images)
             if features is not None:
-                aligned = norms.align(self.name, features)
+                aligned = norms.align(self.name, _at_least_single(features)).to(x.dtype)
                 return aligned if len(x) == norms.images else aligned.movedim(2, 1).flatten(0, 1)
         output = type(layer).forward(layer, x, *args, **kwargs)
         if norms.measures(self.name):
             features = layer_features(layer, x, output, norms.images)
             if features is not None:
-                norms.measure(self.name, features)
+                norms.measure(self.name, _at_least_single(features))
         return output
+
+
+def _at_least_single(features: Tensor) -> Tensor:
+    """Return features of 16 bits, as autocast gives them, with 32: their sums would be infinite or coarse."""
+    return features.float() if features.dtype in (torch.half, torch.bfloat16) else features
 
 
 class BlendedNorms(AlignedNorms):
