@@ -115,7 +115,9 @@ def table(volumes: Path, work: Path) -> None:
             }
             for folder in sorted((work / "masks" / shift).iterdir())
         }
-        for preset, found in sorted(scores.items(), key=lambda item: item[0] != "source"):
+        for preset, found in sorted(
+            ((name, of) for name, of in scores.items() if of), key=lambda item: item[0] != "source"
+        ):
             values = np.array([found[name] for name in found]) * 100
             change = values.mean(axis=1) - np.array([scores["source"][name] for name in found]).mean(axis=1) * 100
             cells = [*values.mean(axis=0), values.mean()]
