@@ -4,8 +4,8 @@
     mgipt evaluate SITES RESULTS --weights WEIGHTS.pt --preset steady --order shuffled
     python benchmarks/quality.py RESULTS/records.jsonl [MORE/records.jsonl ...]
 
-For each stream: the area under the curve with which a score finds the worst tenth of the masks by Dice (.5 is chance),
-its rank correlation with the Dice, and for quality the mean difference and mean absolute difference from the Dice, as it
+For each stream: the area under the curve with which a score finds the worst tenth of the masks by Dice (.5 is
+chance), its rank correlation with the Dice, and for quality the mean difference and mean absolute difference from the Dice, as it
 is and calibrated on ten random images (mean of 200 draws, measured on the others). The scores are the quality of the
 worst class, the agreement with the mask without adaptation, and one minus the disagreement of the method's views.
 With --odd NAMES the share of these images that are flagged, and of all others.
@@ -91,9 +91,8 @@ def main() -> None:
             print(f"| {path.parent.name} | {len(usual)} | " + " | ".join(line_of(usual)) + " |")
         flagged = np.array([bool(row.get("elsewhere")) for row in rows])
         if options.odd:
-            print(
-                f"flagged: {flagged[is_odd].mean():.0%} of {is_odd.sum()} odd images, {flagged[~is_odd].mean():.1%} of the others"
-            )
+            odd, others = flagged[is_odd].mean(), flagged[~is_odd].mean()
+            print(f"flagged: {odd:.0%} of {is_odd.sum()} odd images, {others:.1%} of the others")
 
 
 if __name__ == "__main__":
