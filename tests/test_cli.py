@@ -275,6 +275,25 @@ def test_init_copies_what_runs_and_never_writes_over(settings: list[str], tmp_pa
     assert len(RecordFile(tmp_path / "masks" / "records.jsonl").read()) == 1
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--config", "guard", "methods/bn", "in", "out"], ["in", "--config", "guard", "methods/bn", "out"]],
+    ids=str,
+)
+def test_folders_behind_the_configs_are_folders(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    cli.main(["predict", *words, "--print-command"])
+    printed = capsys.readouterr().out
+    assert "guard.yaml','" in printed
+    assert "--dataset_dir in --output_dir out" in printed
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--config", "guard", "methods/bn"])
+    assert "required: IMAGES, MASKS: put them before --config, which takes" in capsys.readouterr().err
+
+
 def test_path_prints_folders(capsys: pytest.CaptureFixture) -> None:
     for words, folder in (([], "bundle"), (["bundle"], "bundle"), (["configs"], "configs")):
         cli.main(["path", *words])
