@@ -152,11 +152,11 @@ def test_failed_images_are_the_last_lines(photographs: Path, tmp_path: Path) -> 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.png").symlink_to(photographs / "eye_000.png")
     (tmp_path / "in" / "bad.png").write_text("no image")
-    words = ["predict", tmp_path / "in", tmp_path / "out", *SMALL]
+    words = ["predict", tmp_path / "in", tmp_path / "out", *SMALL, "--overwrite", "True"]
     done = mgipt(*words, fails=True)
     assert done.stderr.splitlines()[-2] == "error: 1 of 2 images failed, the others are done:"
     assert "bad.png cannot be read as an image" in last_line(done)
-    assert "ERROR mgipt_monai.engines: bad failed" in done.stdout
+    assert "ERROR mgipt_monai.stream.progress: image 1: bad failed" in done.stdout
     assert "terminating" not in done.stdout
     done = mgipt(*words, "--debug", fails=True)
     assert "Traceback" in done.stderr
