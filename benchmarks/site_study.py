@@ -23,7 +23,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 
-from mgipt_monai.benchmark.statistics import shares
+from mgipt_monai.utils.statistics import shares
 from mgipt_monai.networks import InstancePrompt, SiteNorms, SiteStatistics
 from mgipt_monai.stream.summary import worst_tenth
 

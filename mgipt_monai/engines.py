@@ -20,13 +20,14 @@ from monai.data import DataLoader
 from monai.engines import SupervisedEvaluator
 from monai.inferers import Inferer
 from monai.metrics import CumulativeIterationMetric
+from monai.utils import CommonKeys
 from torch import nn
 
 from mgipt_monai.data.dataset import FAILURE, KIND, MACHINE, MEMORY, PLACE
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.metrics import ImageMeasures
+from mgipt_monai.metrics import UNADAPTED, ImageMeasures, mask_dice
 from mgipt_monai.networks.alignment.windows import network_turn
-from mgipt_monai.stream.records import is_number
+from mgipt_monai.stream.records import is_number, json_types
 from mgipt_monai.stream.signals import stopping_at_once, stopping_cleanly
 from mgipt_monai.stream.summary import StreamSummary, aligned, image_means
 from mgipt_monai.stream.terminal import StreamBar, beside_bars
@@ -84,6 +85,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         stop_on_failure: whether the first failed image ends the run.
         progress: whether to show the progress bar.
         summary_path: JSON file for the summary, written at the end; None writes none.
+        review_path: CSV file for the images, those to look at first in front, written at the end; None writes none.
         places: what the run writes, and where; what is there is named at the end.
         kwargs: as for ``SupervisedEvaluator``.
 
@@ -103,6 +105,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
         stop_on_failure: bool = False,
         progress: bool = True,
         summary_path: str | os.PathLike | None = None,
+        review_path: str | os.PathLike | None = None,
         places: Mapping[str, str | os.PathLike] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -112,7 +115,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             )
         self.measures = ImageMeasures(image_metrics, probability_metrics, class_names)
         self.stop_on_failure = stop_on_failure
-        self.summary_path = summary_path
+        self.summary_path, self.review_path = summary_path, review_path
         self.places = dict(places or {})
         self.postprocessing = kwargs.get("postprocessing")  # which MONAI itself does not keep
         events = [*(kwargs.pop("event_names", None) or []), AdaptationEvents]
@@ -191,11 +194,15 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     def _report(self, figures: dict[str, dict[str, Any]]) -> None:
         if figures["all"]["images"]:
             logger.info("stream of %d images done\n%s", figures["all"]["images"], self.state.summary.table())
+            for sentence in self.state.summary.verdict():
+                logger.info(sentence)
         for alarm in self.state.summary.drift:
             logger.warning(alarm)
         if self.summary_path is not None:
             with atomic_path(self.summary_path) as part:
-                part.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+                part.write_text(json.dumps(json_types(figures), indent=2) + "\n", encoding="utf-8")
+        if self.review_path is not None:
+            self.state.summary.write_review(self.review_path)
 
     def _tell_places(self) -> None:
         found = [[what, os.fspath(path)] for what, path in self.places.items() if os.path.exists(path)]
@@ -223,8 +230,8 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
                 output = super()._iteration(engine, batchdata)
                 # without the time of the metrics
                 record["seconds"] = time.perf_counter() - start
-                metrics = self.measures(engine.state.output[0])
-                record |= {"status": "ok", "metrics": metrics, **(method.last[0] if method is not None else {})}
+                done = method.last[0] if method is not None else {}
+                record |= {"status": "ok", **self._measure(engine.state.output[0]), **done}
                 engine.state.output[0]["figures"] = _figures(record)
         except Exception as error:
             if (what := machine_failure(error)) is not None:
@@ -240,15 +247,26 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             record |= {"status": "failed", "reason": with_file_name(root_cause(error), files), **kind}
         if stopped is not None:
             raise stopped  # not from the error, whose message would be shown in its place
-        if record["status"] == "failed" and getattr(self, "adaptation_handler", None) is None:
+        handler = getattr(self, "adaptation_handler", None)
+        if record["status"] == "failed" and handler is None:
             logger.error("%s failed: %s", record["name"], record["reason"])  # the handler logs each image itself
         record.setdefault("seconds", time.perf_counter() - start)
         engine.state.record = record
-        engine.state.summary.add(engine.state.record)
+        engine.state.summary.add(record, None if handler is None else handler.shown(record["name"]))
         engine.state.metrics |= image_means(record)
         if record.get("metrics"):
             self._measured.append(record["metrics"])
         return output
+
+    def _measure(self, output: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a record says about the masks of an image."""
+        found: dict[str, Any] = {"metrics": self.measures(output)}
+        if UNADAPTED in output:
+            found["unadapted_metrics"] = self.measures(output, UNADAPTED)
+            found["agreement"] = self.measures.by_class(mask_dice(output[CommonKeys.PRED], output[UNADAPTED]))
+        if "quality" in output:
+            found["quality"] = self.measures.by_class(output["quality"])
+        return found
 
     def _fire_event(self, event_name: Any, *args: Any, **kwargs: Any) -> None:
         # a failed image has no output, so metrics and other ITERATION_COMPLETED handlers must not run
@@ -275,9 +293,11 @@ def _is_news(note: logging.LogRecord) -> bool:
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return an image's metrics, their means first, and the other numbers of its record."""
+    """Return an image's metrics and other figures by class, their means first, and the other numbers of its record."""
+    tables = {f"unadapted_{name}": classes for name, classes in (record.get("unadapted_metrics") or {}).items()}
+    tables |= {key: record[key] for key in ("quality", "agreement") if record.get(key)} | (record["metrics"] or {})
     own = {key: value for key, value in record.items() if key not in (*PLACE, "index") and is_number(value)}
-    return {**image_means(record), **_by_name(record["metrics"] or {}), **own}
+    return {**image_means({"metrics": tables}), **_by_name(tables), **own}
 
 
 def _by_name(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
