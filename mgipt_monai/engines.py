@@ -185,7 +185,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             gathered = cast("list[list[dict[str, dict[str, float]]]]", idist.all_gather(self._measured))
         measured = [row for rows in gathered for row in rows]
         figures = self.state.summary.figures()
-        self.state.metrics |= _by_name(figures["all"]["metrics"])
+        self.state.metrics |= _overall(figures["all"])
         for name, classes in (measured[0] if measured else {}).items():
             self.state.metric_details[name] = np.array([[row[name][each] for each in classes] for row in measured])
         if len(self.state.summary) and idist.get_rank() == 0:
@@ -298,6 +298,14 @@ def _figures(record: Mapping[str, Any]) -> dict[str, float]:
     tables |= {key: record[key] for key in ("quality", "agreement") if record.get(key)} | (record["metrics"] or {})
     own = {key: value for key, value in record.items() if key not in (*PLACE, "index") and is_number(value)}
     return {**image_means({"metrics": tables}), **_by_name(tables), **own}
+
+
+def _overall(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures over all images that are means: of each metric, without adaptation, the gain, the quality."""
+    tables = {f"unadapted_{name}": values for name, values in figures.get("unadapted_metrics", {}).items()}
+    tables |= {f"gain_{name}": {"mean": gain["mean"]} for name, gain in figures.get("gain", {}).items()}
+    tables |= {key: {"mean": figures[key]} for key in ("quality", "agreement") if is_number(figures.get(key))}
+    return _by_name({**figures["metrics"], **tables})
 
 
 def _by_name(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:
