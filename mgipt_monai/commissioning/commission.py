@@ -187,7 +187,7 @@ def commission(
         >>> result.certified, result.table[0].gain > 0, result.method(images[0][None]).shape
         (True, True, torch.Size([1, 1, 24, 24]))
     """
-    check_settings(confidence, fallback, tolerated_loss, max_harm, metric, head)
+    check_settings(confidence, fallback, tolerated_loss, max_harm, metric, head, boundary, bound)
     known = {**BASES, **(bases or {})}
     listed = read_candidates(candidates, known)
     wanted = list(dict.fromkeys([(NOTHING, NOTHING), (fallback, NOTHING), *listed]))
@@ -328,6 +328,8 @@ def check_settings(
     max_harm: float,
     metric: str,
     head: str,
+    boundary: float,
+    bound: str,
 ) -> None:
     """Raise ValueError, with the value and the choices, for a setting that is out of range."""
     check_head(head)
@@ -337,6 +339,10 @@ def check_settings(
         raise ValueError(f"fallback must be one of {', '.join(get_args(Fallback))}; got {fallback!r}")
     if metric not in get_args(Metric):
         raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}; got {metric!r}")
+    if bound not in get_args(Bound):
+        raise ValueError(f"bound must be one of {', '.join(get_args(Bound))}; got {bound!r}")
+    if not boundary >= 0:
+        raise ValueError(f"boundary must not be negative, got {boundary}")
     if not 0 <= tolerated_loss < 1:
         raise ValueError(f"tolerated_loss must be in [0, 1), got {tolerated_loss}")
     if not 0 <= max_harm <= 1:
