@@ -135,7 +135,7 @@ class AdaptiveInferer(Inferer):
     def _one_slice(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         if image.min() == image.max():
             with torch.no_grad(), network_turn(self.method.network):
-                return self.method.network(image), {"forwards": 1, "backwards": 0}
+                return self.method.route.run(self.method.network, image), {"forwards": 1, "backwards": 0}
         return self.method(image), self.method.last[0]
 
 

@@ -13,12 +13,13 @@ from ignite.metrics import Loss
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import CheckpointLoader, StatsHandler
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import SlidingWindowInferer, sliding_window_inference
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mgipt_monai import (
     MGIPT,
+    AdaptiveInferer,
     RecordFile,
     SourceStatistics,
     SourceStatisticsHandler,
@@ -27,7 +28,7 @@ from mgipt_monai import (
     measure_source_statistics,
     save_state,
 )
-from tests.conftest import identical, same_state, snapshot, stream
+from tests.conftest import identical, same_state, snapshot, stream, tiny_network
 
 SLIDING = SlidingWindowInferer(roi_size=(12, 12, 12), sw_batch_size=3, overlap=0.5, mode="gaussian")
 
@@ -148,3 +149,22 @@ def test_handlers_refuse_engines_that_they_cannot_work_with(make, network: nn.Mo
     trainer = SupervisedTrainer("cpu", 1, [], network, optimizer, cross_entropy)
     with pytest.raises(TypeError, match="not with a SupervisedTrainer"):
         make().attach(trainer)
+
+
+def test_windows_passed_as_images_are_refused_with_the_right_way() -> None:
+    volume = volumes(1)[0]
+    volume[..., :12, :12, :12] = 0.0  # an empty window
+    mgipt = MGIPT(tiny_network(3, 1), steps=1)
+    with pytest.raises(RuntimeError, match=r"AdaptiveInferer\(method, SlidingWindowInferer"):
+        sliding_window_inference(volume, (12, 12, 12), 2, mgipt)
+    engine = SupervisedEvaluator("cpu", volume_loader([volume]), mgipt, inferer=SLIDING)
+    with pytest.raises(RuntimeError, match="attach TestTimeAdaptationHandler"):
+        engine.run()
+    assert mgipt.images_seen == 0
+
+    logits = AdaptiveInferer(mgipt, SLIDING)(volume, mgipt)
+    assert logits.shape[2:] == volume.shape[2:]
+    assert mgipt.images_seen == 1
+    TestTimeAdaptationHandler(mgipt).attach(engine)
+    engine.run()
+    assert mgipt.images_seen == 1  # of the handler's new stream

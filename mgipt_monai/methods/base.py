@@ -7,29 +7,26 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
-from monai.transforms import Randomizable
 from torch import Tensor, nn
 
+from mgipt_monai.methods.parts import TakesOutput, plain_settings
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
-from mgipt_monai.networks.alignment.windows import ForwardRoute, method_turn, network_turn
+from mgipt_monai.networks.alignment.windows import ForwardRoute, check_no_window, method_turn, network_turn
 from mgipt_monai.utils.state_checks import check_keys, check_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["AdaptationMethod", "Prediction", "build_part", "check_image", "plain_settings"]
+__all__ = ["AdaptationMethod", "Prediction", "check_image"]
 
 STATE_VERSION = 1
 RENAMED = {"SiteCalibration": "SiteCorrection"}
 """Names of methods in states of version 0.1 to their current names."""
-NOT_SETTINGS = {"network", "training", "images_seen", "last", "uncertainty"}
-
-Part = TypeVar("Part")
 
 
 class Prediction(NamedTuple):
@@ -46,7 +43,7 @@ class Prediction(NamedTuple):
     uncertainty: Tensor | None = None
 
 
-class AdaptationMethod(nn.Module, ABC):
+class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
     """A segmentation network with test-time adaptation, called like the network itself.
 
     A call adapts to each image of the batch in turn and returns its logits. It works inside ``torch.no_grad()``,
@@ -59,6 +56,8 @@ class AdaptationMethod(nn.Module, ABC):
 
     Args:
         network: the source network; it is frozen (no parameter requires a gradient) and set to evaluation mode.
+        output: of every method, by keyword: which of the network's outputs are its logits, if it returns several: key,
+            index, or a function of the output.
 
     Raises:
         TypeError: for a TorchScript network, whose layers are not accessible, or a network that already adapts.
@@ -95,6 +94,11 @@ class AdaptationMethod(nn.Module, ABC):
     def has_uncertainty(self) -> bool:
         """Whether the method predicts several views of an image, which can disagree."""
         return False
+
+    @property
+    def outputs(self) -> Any:
+        """All that the network returned in the latest prediction, views along axis 0; only with ``output``."""
+        return self.route.latest
 
     @property
     def averaged(self) -> tuple[str, ...]:
@@ -151,6 +155,7 @@ class AdaptationMethod(nn.Module, ABC):
         Raises:
             ValueError: for an image that cannot be adapted to; the adaptation state is then unchanged.
         """
+        check_no_window(self)
         with method_turn(self):
             return self._adapt_to_each(image)
 
@@ -356,41 +361,3 @@ def check_image(image: Tensor) -> None:
     values = image.flatten(1)
     if (values.amax(dim=1) == values.amin(dim=1)).any():
         raise ValueError("the image is constant, there is nothing to adapt to: leave the file out")
-
-
-def plain_settings(part: Any) -> dict[str, Any]:
-    """Return the public plain attributes of a method and of its parts, except those that are None.
-
-    Args:
-        part: an adaptation method that has seen no image, or a part of one.
-
-    Example:
-        >>> from mgipt_monai.networks import PhotometricJitter
-        >>> plain_settings(PhotometricJitter())
-        {'brightness': 0.2, 'contrast': 0.2}
-    """
-    settings: dict[str, Any] = {}
-    for key, value in {**vars(part), **getattr(part, "_modules", {})}.items():
-        if key.startswith("_") or key in NOT_SETTINGS:
-            continue
-        if isinstance(value, (nn.Module, Randomizable)):
-            settings[key] = plain_settings(value)
-        elif isinstance(value, (bool, int, float, str)):
-            settings[key] = value
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float, str)) for v in value):
-            settings[key] = list(value)
-    return settings
-
-
-def build_part(kind: type[Part], given: Part | None, shared: dict[str, Any], own: dict[str, Any]) -> Part:
-    """Return the given part of a method, or build it from the settings that are not None.
-
-    Raises:
-        ValueError: if both a part and settings are given.
-    """
-    settings = {name: value for name, value in {**shared, **own}.items() if value is not None}
-    if given is None:
-        return kind(**settings)
-    if settings:
-        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not in addition to it")
-    return given

@@ -20,9 +20,10 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.transforms import Randomizable
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import Prediction, build_part
+from mgipt_monai.methods.base import Prediction
 from mgipt_monai.methods.budget import fit
 from mgipt_monai.methods.guard import Guard, Guarded
+from mgipt_monai.methods.parts import build_part
 from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
 from mgipt_monai.networks.alignment.norms import Normalization
@@ -207,8 +208,7 @@ class MGIPT(Remembering):
         with torch.no_grad():
             views = torch.cat([prompt(image), prompt(self.jitter(image))])
             logits = self.norms.predict_windows(views, self._tuning_normalization("calibrated"))
-            plain, jittered = logits.split(1)
-            return consistency_score(plain, jittered, self.head)
+            return consistency_score(logits[:1], logits[1:], self.head)
 
     def _tuning_normalization(self, paper: Normalization) -> Normalization:
         """Return the paper's normalisation, or with ``released`` that of the released code."""

@@ -33,7 +33,7 @@ class Source(AdaptationMethod):
         def run(images: Tensor) -> Tensor:
             nonlocal forwards
             forwards += len(images)
-            return self.network(images)
+            return self.route.run(self.network, images)
 
         with torch.no_grad():
             logits = self.route.inferer(image, run)

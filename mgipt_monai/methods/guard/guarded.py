@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgipt_monai.methods.base import AdaptationMethod, Prediction, plain_settings
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.methods.guard.guard import Guard, area_change
+from mgipt_monai.methods.parts import plain_settings
 from mgipt_monai.methods.wrapped import WrappedMethod
 from mgipt_monai.networks.ensemble import disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, binarize, consistency_score
