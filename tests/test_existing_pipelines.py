@@ -106,7 +106,7 @@ def test_bad_volume_is_named_in_the_log_and_leaves_no_trace(tmp_path: Path, capl
     engine = SupervisedEvaluator("cpu", volume_loader(images), network, inferer=SLIDING, val_handlers=[handler])
     with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="20x5x5 is smaller than a prompt of side 7"):
         engine.run()
-    assert "the stream stopped after 1 images, at in/volume_1.nii.gz: an image of 20x20x5" in caplog.text
+    assert "the stream stopped after 1 images, at in/volume_1.nii.gz: an image of 20x5x5" in caplog.text
     assert same_state(load_state(tmp_path / "state.pt")["adaptation"], alone.adaptation_state())
 
 

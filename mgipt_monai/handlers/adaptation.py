@@ -147,7 +147,7 @@ class TestTimeAdaptationHandler:
             TypeError: if the engine is not a ``SupervisedEvaluator``, the method cannot predict through its inferer, or
                 there is no method.
         """
-        evaluator = check_evaluator(self, engine)
+        evaluator = check_evaluator(type(self).__name__, engine)
         if getattr(evaluator, "adaptation_handler", None) is not None:
             raise RuntimeError(
                 "the evaluator already has an adaptation handler: with two, each image would be adapted to twice"
