@@ -5,9 +5,10 @@
     python benchmarks/quality.py RESULTS/records.jsonl [MORE/records.jsonl ...]
 
 For each stream: the area under the curve with which a score finds the worst tenth of the masks by Dice (.5 is
-chance), its rank correlation with the Dice, and for quality the mean difference and mean absolute difference from the Dice, as it
-is and calibrated on ten random images (mean of 200 draws, measured on the others). The scores are the quality of the
-worst class, the agreement with the mask without adaptation, and one minus the disagreement of the method's views.
+chance), its rank correlation with the Dice, and for quality the mean difference and mean absolute difference from the
+Dice, as it is and calibrated on ten random images (mean of 200 draws, measured on the others). The scores are the
+quality of the worst class, the agreement with the mask without adaptation, and one minus the disagreement of the
+method's views.
 With --odd NAMES the share of these images that are flagged, and of all others.
 """
 

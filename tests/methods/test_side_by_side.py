@@ -95,7 +95,7 @@ def test_a_limit_on_forwards_holds(limit: int) -> None:
 
 
 def test_a_limit_without_room_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least 2 .* without adaptation"):
+    with pytest.raises(ValueError, match=r"at least 2 .* without adaptation"):
         AdaptiveInferer(quick(tiny_network(), max_forwards=1), side_by_side=True)
 
 

@@ -123,7 +123,7 @@ class AlignedNorms:
     def stored(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation that a layer itself stores, (C,) each."""
         mean, variance = stored_statistics(self.layers[name])
-        return mean, variance.sqrt()
+        return mean.float(), variance.float().sqrt()
 
     def align(self, name: str, features: Tensor) -> Tensor:
         """Normalise a layer's features (B, C, \\*spatial) with their blend, and collect their loss if requested.
@@ -261,7 +261,7 @@ class AlignedNorms:
         """Run the network; a repeated forward starts again with no losses."""
         if self.forward_end.restart():
             self.losses = []
-        return self.network(images)
+        return self.route.run(self.network, images)
 
     def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network, one forward per image or window: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
@@ -328,13 +328,13 @@ class _AlignedLayer:
         if norms.normalization != "source" and has_stored_statistics(layer):
             features = layer_features(layer, x, x, norms.images)
             if features is not None:
-                aligned = norms.align(self.name, features)
+                aligned = norms.align(self.name, features.float()).to(x.dtype)
                 return aligned if len(x) == norms.images else aligned.movedim(2, 1).flatten(0, 1)
         output = type(layer).forward(layer, x, *args, **kwargs)
         if norms.measures(self.name):
             features = layer_features(layer, x, output, norms.images)
             if features is not None:
-                norms.measure(self.name, features)
+                norms.measure(self.name, features.float())
         return output
 
 
