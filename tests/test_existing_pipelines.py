@@ -179,3 +179,36 @@ def test_the_slices_of_a_volume_can_have_prompts_of_their_own_in_any_evaluator(t
     engine.run()
     assert RecordFile(path).read()[0]["adapted_slices"] == 4
     assert handler.method.prompt_maps().keys() == {"3 x 3", "5 x 5", "7 x 7"}
+
+
+def plain_files(folder: Path, count: int) -> DataLoader:
+    """A pipeline that drops the metadata, and with it the names."""
+    for i, image in enumerate(stream(count)):
+        torch.save(image[0], folder / f"eye_{i}.pt")
+    items = [{"image": str(folder / f"eye_{i}.pt")} for i in range(count)]
+    return DataLoader(Dataset(items, lambda item: {"image": torch.load(item["image"])}), batch_size=1)
+
+
+def test_records_are_named_by_the_files_where_a_pipeline_drops_the_metadata(tmp_path: Path, network: nn.Module) -> None:
+    engine = SupervisedEvaluator("cpu", plain_files(tmp_path, 2), network)
+    TestTimeAdaptationHandler(MGIPT(network, steps=1), record_path=tmp_path / "records.jsonl").attach(engine)
+    engine.run()
+    names = [row["name"] for row in RecordFile(tmp_path / "records.jsonl").read()]
+    assert names == [str(tmp_path / f"eye_{i}.pt") for i in range(2)]
+
+
+def test_a_second_run_goes_on_adapting_and_keeps_the_records_of_the_first(tmp_path: Path, network: nn.Module) -> None:
+    path, state = tmp_path / "records.jsonl", tmp_path / "state.pt"
+    mgipt = MGIPT(network, steps=1)
+    engine = SupervisedEvaluator("cpu", plain_files(tmp_path, 2), network)
+    handler = TestTimeAdaptationHandler(mgipt, state, path)
+    handler.attach(engine)
+    for run in range(3):
+        engine.run()
+        assert mgipt.images_seen == 2 * run + 2
+    assert [row["index"] for row in RecordFile(path).read()] == [4, 5]
+    for run in (1, 2):
+        rows = RecordFile(tmp_path / f"records.{run}.jsonl").read()
+        assert [row["index"] for row in rows] == [2 * run - 2, 2 * run - 1]
+        assert (tmp_path / f"records.{run}.runs.json").exists()
+    assert load_state(state)["adaptation"]["images_seen"] == 6

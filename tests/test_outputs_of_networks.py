@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ from mgipt_monai import (
     measure_source_statistics,
 )
 from mgipt_monai.methods import Guard
+from mgipt_monai.networks import AlignedNorms
 from tests.conftest import identical, snapshot, stream, tiny_network
 
 METHODS: list[Callable[..., AdaptationMethod]] = [
@@ -117,3 +119,69 @@ def test_statistics_of_a_network_in_another_precision_are_float32() -> None:
     statistics = measure_source_statistics(network, stream(2))
     assert {layer.mean.dtype for layer in statistics.layers.values()} == {torch.float32}
     assert torch.isfinite(MGIPT(network, statistics=statistics, steps=1)(stream(1)[0])).all()
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+def test_a_compiled_network_gives_the_same_bits_and_is_not_compiled_anew() -> None:
+    compiled = []
+
+    def count(graph: Any, _inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    network = torch.compile(tiny_network(), backend=count)
+    image = stream(1)[0]
+    for make in METHODS[:7]:
+        assert torch.equal(make(network)(image), make(tiny_network())(image))
+    assert not compiled
+    network(image)  # outside it is what it was
+    assert compiled
+
+
+class Recomputed(torch.autograd.Function):
+    """Activation checkpointing as on a GPU: the block runs again in a thread of autograd's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.block(x)
+        (slope,) = torch.autograd.grad(y, x, gradient)
+        return slope, None
+
+
+class Checkpointed(nn.Module):
+    """A network whose first block is recomputed in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.inner:
+            x = Recomputed.apply(x, layer) if isinstance(layer, nn.BatchNorm2d) else layer(x)
+        return x
+
+
+def test_layers_that_are_recomputed_in_another_threads_backward_pass_are_aligned() -> None:
+    image = stream(1)[0]
+    norms = AlignedNorms(Checkpointed().eval().requires_grad_(False))
+    reference = AlignedNorms(tiny_network().eval().requires_grad_(False))
+    slopes = []
+    for each in (norms, reference):
+        leaf = image.clone().requires_grad_()
+        with each._using(leaf, "instance", None), torch.enable_grad():
+            each.images = 1
+            loss = each.network(leaf).square().sum()
+            worker = threading.Thread(target=loss.backward)
+            worker.start()
+            worker.join()
+        slopes.append(leaf.grad)
+    torch.testing.assert_close(slopes[0], slopes[1])

@@ -229,7 +229,7 @@ def records_of(engine: SupervisedEvaluator, method: AdaptationMethod, seconds: f
     """Return the records of the iteration that just ended, one per image.
 
     A ``StreamingAdaptationEvaluator`` makes its own. For other evaluators they combine the method's records, the file
-    names in the images' metadata, and an equal share of the time.
+    names in the images' metadata, empty if there are none, and an equal share of the time.
     """
     if getattr(engine.state, "record", None):
         return [engine.state.record]
@@ -238,6 +238,6 @@ def records_of(engine: SupervisedEvaluator, method: AdaptationMethod, seconds: f
     rows = []
     for item, done in zip(items, method.last, strict=True):
         meta = getattr(item.get("image"), "meta", {})
-        row = {"name": str(meta.get("filename_or_obj", done["index"])), "site": "", "status": "ok"}
+        row = {"name": str(meta.get("filename_or_obj", "")), "site": "", "status": "ok"}
         rows.append({**row, **done, "seconds": seconds / len(items)})
     return rows

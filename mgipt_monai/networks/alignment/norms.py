@@ -313,6 +313,12 @@ class AlignedNorms:
         return self.losses
 
 
+def _in_backward() -> bool:
+    """Whether this thread is in a backward pass, where activation checkpointing runs parts of a network again."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
 class _AlignedLayer:
     """Replaces one layer's forward; as a bound method it survives deepcopy and pickle."""
 
@@ -322,7 +328,8 @@ class _AlignedLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Do what the layer does, with the chosen normalisation, and measure its loss."""
         norms, layer = self.norms, self.layer
-        if norms.thread != threading.get_ident():  # somebody else runs the network meanwhile
+        # somebody else runs the network meanwhile; a recomputed checkpoint runs in autograd's own thread on a GPU
+        if norms.thread != threading.get_ident() and not _in_backward():
             return type(layer).forward(layer, x, *args, **kwargs)
         # a layer without stored statistics already normalises each image by itself, or is not a norm layer
         if norms.normalization != "source" and has_stored_statistics(layer):

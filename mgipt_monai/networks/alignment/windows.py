@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,7 +59,8 @@ class ForwardRoute:
         Raises:
             TypeError: for an output that is not a tensor; the message names the keys to choose from.
         """
-        output = network(in_precision_of(network, images))
+        with _without_compiler():
+            output = network(in_precision_of(network, images))
         if self.output is not None:
             if not torch.is_grad_enabled():  # what has a graph cannot be copied
                 self.latest = output
@@ -97,6 +98,13 @@ class ForwardRoute:
         if windows < 1:
             raise ValueError(f"windows must be at least 1, got {windows}")
         self.inferer, self.windows = inferer, windows
+
+
+def _without_compiler() -> Any:
+    """Run networks of ``torch.compile`` as they were: it would compile them anew whenever their layers are aligned."""
+    # imported by torch.compile, and by nobody else without need: it takes seconds
+    compiles = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
 
 
 def in_precision_of(network: nn.Module, images: Tensor) -> Tensor:
