@@ -14,6 +14,7 @@ from monai.data import MetaTensor, NibabelWriter, PILWriter
 from monai.transforms import MapTransform, Transform
 from torch import Tensor
 
+from mgipt_monai.data.dicom import DICOM_VOLUME
 from mgipt_monai.data.outputs import MASK_ENDINGS, UNCERTAINTY
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.utils.files import stem
@@ -35,8 +36,9 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def is_nifti(image: MetaTensor) -> bool:
-    """Return whether the file that an image was read from is NIfTI."""
-    return str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
+    """Return whether an image was read from NIfTI, or is a volume of DICOM slices; masks of both are NIfTI."""
+    volume = str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
+    return volume or bool(image.meta.get(DICOM_VOLUME, False))
 
 
 def output_name(data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "") -> str:
