@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
@@ -216,6 +217,9 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
     if twice := (given.keys() | short.keys()) & written.keys():
         raise ValueError(f"{', '.join(sorted(twice))} is given twice: leave out --{min(twice)}")
     config = ConfigParser.load_config_files([str(path) for path in configs])
+    if "tracking" in written:
+        written["tracking"], more = _tracking(name, written["tracking"], Path(bundle))
+        config = {**more, **config}
     run = BundleRun(configs, {**given, **read_settings({**written, **short}, config, own)})
     run.check()
     if name == "train":
@@ -229,6 +233,19 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
             file=sys.stderr,
         )
     run.run()
+
+
+def _tracking(name: str, tracking: str | None, bundle: Path) -> tuple[str, dict[str, Any]]:
+    """Return the settings file of a tracking, and the keys that it brings; MONAI's own mlflow knows only the end."""
+    if name not in ("predict", "evaluate") and tracking == "mlflow":
+        raise ValueError(f"--tracking mlflow works with predict and evaluate, not with {name}")
+    path = bundle / "configs" / "tracking_mlflow.yaml" if tracking == "mlflow" else Path(tracking or "")
+    if tracking == "mlflow":
+        require("tracking")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: write --tracking mlflow, or --tracking with a file of settings")
+    found = ConfigParser.load_config_files(str(path))
+    return str(path), {key: value for key, value in found["configs"].items() if key not in found["handlers_id"]}
 
 
 def _check_masks(run: BundleRun) -> None:

@@ -176,6 +176,7 @@ def write_site(
         "settings": dict(result.settings),
         "candidates": [asdict(row) for row in result.table],
         "skipped": dict(result.skipped),
+        "quality_calibration": result.quality_calibration,
         "cases": result.cases,
         "versions": versions(),
         "images": [_located(item) for item in items],
@@ -216,6 +217,8 @@ def _overlay(result: Commissioning, folder: Path, kind: str) -> str:
             "site": f"$@site_dir + '/{SETTING}'",
             "head": head,
         }
+    if over_bundle and result.quality_calibration is not None:
+        config["quality_calibration"] = [[round(number, 4) for number in line] for line in result.quality_calibration]
     where = "any of the bundle's configs" if over_bundle else "a bundle's inference config and existing_bundle.yaml"
     lines = [
         f"Overlay on {where}: the site's setting, as `mgipt commission` found it.",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from .dataset import StreamDataset, check_declared_size
 from .demo import CAMERAS, Camera, SiteCamerad
 from .dicom import DicomReader
-from .masks import AddUncertaintyd, LabelMapd, SaveMaskd, SaveUncertaintyd
+from .masks import AddUnadaptedd, AddUncertaintyd, EstimateQualityd, LabelMapd, SaveMaskd, SaveUncertaintyd
 from .order import order_stream, share_stream
 from .outputs import check_outputs
 from .photographs import PhotographReader
@@ -16,11 +16,13 @@ from .transforms import AdaptationResultd, CheckFiled, CheckImaged, LabelToChann
 __all__ = [
     "CAMERAS",
     "AdaptationResultd",
+    "AddUnadaptedd",
     "AddUncertaintyd",
     "Camera",
     "CheckFiled",
     "CheckImaged",
     "DicomReader",
+    "EstimateQualityd",
     "LabelMapd",
     "LabelToChannelsd",
     "PhotographReader",

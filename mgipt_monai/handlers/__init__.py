@@ -9,6 +9,7 @@ from .adaptation import TestTimeAdaptationHandler
 from .average_prompts import AveragePromptsHandler
 from .peak_memory import PeakMemoryHandler
 from .resumable_training import ResumableTrainingHandler
+from .tracking import StreamMLFlowHandler
 from .work_ahead import WorkAheadHandler
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "PeakMemoryHandler",
     "ResumableTrainingHandler",
     "SourceStatisticsHandler",
+    "StreamMLFlowHandler",
     "TestTimeAdaptationHandler",
     "WorkAheadHandler",
 ]

@@ -7,14 +7,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
-from monai.transforms import Randomizable
 from torch import Tensor, nn
 
+from mgipt_monai.methods.parts import plain_settings
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
 from mgipt_monai.networks.alignment.windows import ForwardRoute, method_turn, network_turn
 from mgipt_monai.utils.state_checks import check_keys, check_number
@@ -22,14 +22,11 @@ from mgipt_monai.utils.state_checks import check_keys, check_number
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["AdaptationMethod", "Prediction", "build_part", "check_image", "plain_settings"]
+__all__ = ["AdaptationMethod", "Prediction", "check_image"]
 
 STATE_VERSION = 1
 RENAMED = {"SiteCalibration": "SiteCorrection"}
 """Names of methods in states of version 0.1 to their current names."""
-NOT_SETTINGS = {"network", "training", "images_seen", "last", "uncertainty"}
-
-Part = TypeVar("Part")
 
 
 class Prediction(NamedTuple):
@@ -39,11 +36,13 @@ class Prediction(NamedTuple):
         logits: (1, K, \\*spatial).
         record: plain values: what was done, and what it cost (``forwards`` and ``backwards``).
         uncertainty: where the views of the image disagree, (1, 1, \\*spatial) in [0, 1]; None with a single view.
+        unadapted: logits of the network alone, of the same shape, if the method computes them anyway.
     """
 
     logits: Tensor
     record: dict[str, Any]
     uncertainty: Tensor | None = None
+    unadapted: Tensor | None = None
 
 
 class AdaptationMethod(nn.Module, ABC):
@@ -70,7 +69,13 @@ class AdaptationMethod(nn.Module, ABC):
         uncertainty: where the views of the latest call's images disagreed, (B, 1, \\*spatial) in [0, 1], see
             :func:`mgipt_monai.networks.disagreement`; None before the first call, after a failed one, after ``reset``,
             and for methods without ``has_uncertainty``. It is never saved.
+        side_by_side: whether a call also predicts without adaptation, see :meth:`compare`.
+        unadapted: the logits without adaptation of the latest call, (B, K, \\*spatial); None in the same cases as the
+            uncertainty, and unless ``side_by_side``.
     """
+
+    side_by_side: bool = False
+    unadapted: Tensor | None = None
 
     aligned_layers: str | None = None
     """Regular expression on the names of the norm layers that the method uses; None: all."""
@@ -139,6 +144,16 @@ class AdaptationMethod(nn.Module, ABC):
             )
         self.route.change(inferer, windows)
 
+    def compare(self, on: bool = True) -> None:
+        """Also predict each image without adaptation from now on, into ``unadapted``.
+
+        It costs 1 F per image, unless the method makes this prediction anyway (site correction, a guard). The record's
+        ``forwards`` and a limit on them include it. Predictions and state stay bit-identical, except where a limit
+        leaves less to the method.
+        """
+        self.side_by_side = on
+        self.reserve(int(on))
+
     def forward(self, image: Tensor) -> Tensor:
         """Adapt to each image, then predict it.
 
@@ -156,7 +171,7 @@ class AdaptationMethod(nn.Module, ABC):
 
     def _adapt_to_each(self, image: Tensor) -> Tensor:
         plain = image.as_tensor() if isinstance(image, MetaTensor) else image
-        self.uncertainty = None
+        self.uncertainty = self.unadapted = None
         check_image(plain)
         self.last = []
         done: list[Prediction] = []
@@ -174,12 +189,18 @@ class AdaptationMethod(nn.Module, ABC):
                 prediction = self._adapt_and_predict(one)
                 if not torch.isfinite(prediction.logits).all():
                     raise ValueError("the prediction is not finite: check the network's weights")
+                if self.side_by_side and prediction.unadapted is None:
+                    unadapted, forwards = self._predict_unadapted(one)
+                    record = {**prediction.record, "forwards": prediction.record["forwards"] + forwards}
+                    prediction = prediction._replace(unadapted=unadapted, record=record)
                 done.append(prediction)
                 records.append({"index": self.images_seen, **prediction.record, **self._state_record()})
                 self.images_seen += 1
         self.last = records
         maps = [prediction.uncertainty for prediction in done if prediction.uncertainty is not None]
         self.uncertainty = torch.cat(maps) if maps else None
+        if self.side_by_side:
+            self.unadapted = torch.cat([cast(Tensor, prediction.unadapted).detach() for prediction in done])
         result = torch.cat([prediction.logits.detach() for prediction in done])
         if isinstance(image, MetaTensor):
             result = MetaTensor(result).copy_meta_from(image, keys=image.__dict__.keys())
@@ -242,7 +263,7 @@ class AdaptationMethod(nn.Module, ABC):
         """Forget the stream: the next image is the first of a new one."""
         self.images_seen = 0
         self.last = []
-        self.uncertainty = None
+        self.uncertainty = self.unadapted = None
         self._reset()
         with network_turn(self.network):
             # the network's weights may have changed since it was bound
@@ -316,6 +337,18 @@ class AdaptationMethod(nn.Module, ABC):
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
         """Adapt to one image (1, C, \\*spatial) and predict it."""
 
+    def _predict_unadapted(self, image: Tensor) -> tuple[Tensor, int]:
+        """Return the logits (1, K, \\*spatial) of the network alone, and the number of forwards."""
+        forwards = 0
+
+        def run(images: Tensor) -> Tensor:
+            nonlocal forwards
+            forwards += len(images)
+            return self.network(images)
+
+        with torch.no_grad():
+            return self.route.inferer(image, run), forwards
+
     def _cost(self) -> dict[str, int]:
         """Return the ``forwards`` and ``backwards`` that the latest image has cost so far."""
         return {"forwards": 0, "backwards": 0}
@@ -356,41 +389,3 @@ def check_image(image: Tensor) -> None:
     values = image.flatten(1)
     if (values.amax(dim=1) == values.amin(dim=1)).any():
         raise ValueError("the image is constant, there is nothing to adapt to: leave the file out")
-
-
-def plain_settings(part: Any) -> dict[str, Any]:
-    """Return the public plain attributes of a method and of its parts, except those that are None.
-
-    Args:
-        part: an adaptation method that has seen no image, or a part of one.
-
-    Example:
-        >>> from mgipt_monai.networks import PhotometricJitter
-        >>> plain_settings(PhotometricJitter())
-        {'brightness': 0.2, 'contrast': 0.2}
-    """
-    settings: dict[str, Any] = {}
-    for key, value in {**vars(part), **getattr(part, "_modules", {})}.items():
-        if key.startswith("_") or key in NOT_SETTINGS:
-            continue
-        if isinstance(value, (nn.Module, Randomizable)):
-            settings[key] = plain_settings(value)
-        elif isinstance(value, (bool, int, float, str)):
-            settings[key] = value
-        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, (int, float, str)) for v in value):
-            settings[key] = list(value)
-    return settings
-
-
-def build_part(kind: type[Part], given: Part | None, shared: dict[str, Any], own: dict[str, Any]) -> Part:
-    """Return the given part of a method, or build it from the settings that are not None.
-
-    Raises:
-        ValueError: if both a part and settings are given.
-    """
-    settings = {name: value for name, value in {**shared, **own}.items() if value is not None}
-    if given is None:
-        return kind(**settings)
-    if settings:
-        raise ValueError(f"set {', '.join(settings)} on the {kind.__name__} that is given, not in addition to it")
-    return given

@@ -20,15 +20,17 @@ from monai.inferers import Inferer, SimpleInferer
 from monai.transforms import Randomizable
 from torch import Tensor, nn
 
-from mgipt_monai.methods.base import Prediction, build_part
+from mgipt_monai.methods.base import Prediction
 from mgipt_monai.methods.budget import fit
 from mgipt_monai.methods.guard import Guard, Guarded
+from mgipt_monai.methods.parts import build_part
 from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
 from mgipt_monai.networks.alignment.norms import Normalization
 from mgipt_monai.networks.alignment.source_statistics import read_statistics
 from mgipt_monai.networks.ensemble import ConfidenceEnsemble, MeanEnsemble, disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, PhotometricJitter, check_head, consistency_score
+from mgipt_monai.networks.prompts.frequency import Offset, prompt_offset
 from mgipt_monai.networks.prompts.global_prompts import GlobalPrompts
 from mgipt_monai.networks.prompts.instance_prompt import InstancePrompt
 
@@ -72,6 +74,7 @@ class MGIPT(Remembering):
         steps: steps per size of the instance prompt (7; 6 for polyps).
         instance_sizes: sides of the instance prompt (1, 3, 5); empty leaves it out.
         global_sizes: sides of the global prompts (3, 5, 7); empty leaves them out.
+        offset: makes z-scored images start at zero for the prompts (``auto``), see :func:`prompt_offset`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
@@ -115,6 +118,7 @@ class MGIPT(Remembering):
         steps: int | None = None,
         instance_sizes: Sequence[int] | None = None,
         global_sizes: Sequence[int] | None = None,
+        offset: Offset | None = None,
     ) -> None:
         if tuning not in get_args(Tuning):
             raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}; got {tuning!r}")
@@ -123,10 +127,11 @@ class MGIPT(Remembering):
         self.statistics = read_statistics(statistics)
         super().__init__(network, memory)
         self.tuning, self.head, self.seed = tuning, head, seed
+        shared = {"lr": lr, "offset": offset}
         self.instance_prompt = build_part(
-            InstancePrompt, instance_prompt, shared={"lr": lr}, own={"steps": steps, "sizes": instance_sizes}
+            InstancePrompt, instance_prompt, shared, own={"steps": steps, "sizes": instance_sizes}
         )
-        self.global_prompts = build_part(GlobalPrompts, global_prompts, shared={"lr": lr}, own={"sizes": global_sizes})
+        self.global_prompts = build_part(GlobalPrompts, global_prompts, shared, own={"sizes": global_sizes})
         if not self.instance_prompt.sizes and not self.global_prompts.sizes:
             raise ValueError("instance_sizes and global_sizes are both empty: nothing would be adapted; use Source")
         self.ensemble = ConfidenceEnsemble() if ensemble is None else ensemble
@@ -150,13 +155,12 @@ class MGIPT(Remembering):
     ) -> MGIPT:
         """Build the method with all choices of the released code, optic disc/cup setting.
 
-        For polyps (352 x 352): ``lr=0.01, steps=6, global_sizes=(1, 2, 3)`` and the encoder's name pattern as
-        ``aligned_layers``. Other settings as for the class.
+        For polyps (352 x 352): ``lr=0.01, steps=6, global_sizes=(1, 2, 3)``, and the encoder as ``aligned_layers``.
         """
         return cls(
             network,
-            InstancePrompt(instance_sizes, steps=steps, lr=lr),
-            GlobalPrompts(global_sizes, lr=lr, centred=False),
+            InstancePrompt(instance_sizes, steps=steps, lr=lr, offset="none"),
+            GlobalPrompts(global_sizes, lr=lr, centred=False, offset="none"),
             ConfidenceEnsemble(one_channel="constant"),
             jitter,
             tuning="released",
@@ -189,6 +193,7 @@ class MGIPT(Remembering):
             "global_losses": global_losses.tolist(),
             "consistency": tuning.consistency,
             "disagreement": mean,
+            "offset": prompt_offset(image, self.instance_prompt.offset)[0].tolist(),
             **self._cost(),
         }
         return Prediction(fused, record, uncertainty)
@@ -203,8 +208,7 @@ class MGIPT(Remembering):
         with torch.no_grad():
             views = torch.cat([prompt(image), prompt(self.jitter(image))])
             logits = self.norms.predict_windows(views, self._tuning_normalization("calibrated"))
-            plain, jittered = logits.split(1)
-            return consistency_score(plain, jittered, self.head)
+            return consistency_score(logits[:1], logits[1:], self.head)
 
     def _tuning_normalization(self, paper: Normalization) -> Normalization:
         """Return the paper's normalisation, or with ``released`` that of the released code."""
@@ -223,11 +227,7 @@ class MGIPT(Remembering):
         return bool(self.instance_prompt.sizes) or not self.global_prompts.sizes
 
     def reserve(self, forwards: int) -> None:
-        """Reserve additional forwards per image within ``max_forwards``.
-
-        Raises:
-            ValueError: if that leaves no forward for the prediction.
-        """
+        """Reserve additional forwards within ``max_forwards``; ValueError if that leaves none for the prediction."""
         if self.max_forwards is not None:
             self.instance_prompt, self.global_prompts, self._dropped = fit(
                 self.max_forwards, *self._unlimited, guarded=forwards > 0
@@ -281,9 +281,9 @@ class MGIPT(Remembering):
         return {"forwards": self.norms.forwards, "backwards": self._backwards}
 
     def _state_record(self) -> dict[str, Any]:
-        distances = [(teacher - 1).norm().item() for teacher in self.global_prompts.teachers]
-        dropped = {} if self.max_forwards is None else {"dropped": self._dropped}
-        return {"prompt_norm": math.hypot(*distances), **dropped}
+        norm = math.hypot(*[(teacher - 1).norm().item() for teacher in self.global_prompts.teachers])
+        record = {**super()._state_record(), "prompt_norm": norm}
+        return record if self.max_forwards is None else {**record, "dropped": self._dropped}
 
     def _bound(self) -> None:
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics, self.route)

@@ -15,7 +15,15 @@ from torch.nn.functional import cosine_similarity
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment.norms import AlignedNorms, BlendedNorms
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
-from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_step, check_tuning, loss_gradients
+from mgipt_monai.networks.prompts.frequency import (
+    LowFrequencies,
+    Offset,
+    check_offset,
+    check_step,
+    check_tuning,
+    loss_gradients,
+    prompt_offset,
+)
 from mgipt_monai.utils.state_checks import check_finite, check_tensors, is_whole
 
 __all__ = ["VPTTA"]
@@ -50,6 +58,7 @@ class VPTTA(AdaptationMethod):
         centred: whether the prompt's block is centred on the zero frequency (see :class:`LowFrequencies`).
         start: initial prompt once there are enough neighbours: ``memory`` is the published mix of the prompts of the
             most similar images, ``latest`` the previous image's prompt (see :meth:`released`).
+        offset: see :func:`mgipt_monai.networks.prompt_offset`.
         statistics: a statistics file or its content, see :class:`MGIPT`; it is the source's part of the blend that
             layers are aligned with.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
@@ -79,6 +88,7 @@ class VPTTA(AdaptationMethod):
         warm_n: float = 5,
         centred: bool = True,
         start: Start = "memory",
+        offset: Offset = "auto",
         statistics: SourceStatistics | str | os.PathLike | None = None,
         aligned_layers: str | None = None,
     ) -> None:
@@ -95,6 +105,7 @@ class VPTTA(AdaptationMethod):
         self.aligned_layers, self.statistics = aligned_layers, read_statistics(statistics)
         super().__init__(network)
         self.lr, self.betas, self.side, self.centred = lr, betas, side, centred
+        self.offset = check_offset(offset)
         self.memory_size, self.neighbours, self.warm_n, self.start = memory_size, neighbours, warm_n, start
         self.amplitudes: list[Tensor] = []
         self.prompts: list[Tensor] = []
@@ -108,7 +119,7 @@ class VPTTA(AdaptationMethod):
         the previous one ended, as if every prompt in the memory were the latest; ``start="memory"`` gives the published
         mix.
         """
-        released = {"side": max(1, int(image_side * 0.01)), "centred": False, "start": "latest"}
+        released = {"side": max(1, int(image_side * 0.01)), "centred": False, "start": "latest", "offset": "none"}
         return cls(network, **{**released, **overrides})
 
     def prompt_maps(self) -> dict[str, Tensor]:
@@ -117,14 +128,15 @@ class VPTTA(AdaptationMethod):
 
     def adapted_input(self, image: Tensor) -> Tensor:
         """Return the latest image with its prompt."""
-        return LowFrequencies(image, self.side, self.centred).apply(self.prompts[-1])
+        return self._frequencies(image, prompt_offset(image, self.offset)).apply(self.prompts[-1])
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
         self.norms.start(image)
         root = math.sqrt(self.images_seen + 1)
         self.norms.source_weight = root / (root + self.warm_n)
 
-        low = LowFrequencies(image, self.side, self.centred)
+        offset = prompt_offset(image, self.offset)
+        low = self._frequencies(image, offset)
         amplitude = low.coefficients.abs()
         prompt = self._initial_prompt(amplitude).requires_grad_()
         loss, (gradient,) = loss_gradients(lambda x: self.norms.loss(x, "calibrated"), low.apply(prompt), prompt)
@@ -135,7 +147,11 @@ class VPTTA(AdaptationMethod):
 
         self.amplitudes = [*self.amplitudes, amplitude][-self.memory_size :]
         self.prompts = [*self.prompts, prompt][-self.memory_size :]
-        return Prediction(logits, {"loss_before": loss.item(), "memory": len(self.prompts), **self._cost()})
+        record = {"loss_before": loss.item(), "memory": len(self.prompts), "offset": offset[0].tolist()}
+        return Prediction(logits, {**record, **self._cost()})
+
+    def _frequencies(self, image: Tensor, offset: Tensor) -> LowFrequencies:
+        return LowFrequencies(image, self.side, self.centred, offset)
 
     def _initial_prompt(self, amplitude: Tensor) -> Tensor:
         """Return the prompt that this image's tuning starts from."""

@@ -30,6 +30,7 @@ from .prompts import (
     PhotometricJitter,
     consistency_score,
     got_worse,
+    prompt_offset,
 )
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "got_worse",
     "instance_statistics",
     "measure_source_statistics",
+    "prompt_offset",
 ]
 
 __getattr__ = renamed_names(__name__, {"Guard": "mgipt_monai.methods.Guard", "Verdict": "mgipt_monai.methods.Verdict"})

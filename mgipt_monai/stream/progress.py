@@ -13,8 +13,9 @@ from typing import Any
 
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.stream.images import StreamImages, site_of
-from mgipt_monai.stream.records import AuditTrail, Identifiers, in_words
+from mgipt_monai.stream.records import AuditTrail, Identifiers
 from mgipt_monai.stream.state_file import StreamFile
+from mgipt_monai.stream.terminal import in_words
 from mgipt_monai.utils.files import file_names, root_cause
 from mgipt_monai.utils.machine import out_of_memory
 from mgipt_monai.utils.outputs import WatchedFolders
@@ -239,7 +240,7 @@ class StreamProgress:
         if self.attempts is None or deaths < self.attempts or self._position >= self._images.count():
             return []
         rows = self._images.failures(self._position, deaths)
-        self._write(rows, logging.ERROR)
+        self._write(rows)
         site = rows[-1]["site"] or self._site
         if self.reset_at_site and self._site is not None and site != self._site:
             self._method.reset()
@@ -278,7 +279,7 @@ class StreamProgress:
     def done(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep the records of the images of a batch, and the state after them."""
         self._folders.check()
-        self._write(rows, logging.INFO)
+        self._write(rows)
         self._image.close()
         before = self._position
         self._remember(before + len(rows))
@@ -344,9 +345,10 @@ class StreamProgress:
             self._method.load_adaptation_state(adaptation)
             raise
 
-    def _write(self, rows: Sequence[dict[str, Any]], level: int) -> None:
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Log and record the images from the current position on."""
         for position, row in enumerate(rows, start=self._position):
+            level = logging.INFO if row["status"] == "ok" else logging.ERROR
             logger.log(level, "image %d: %s", position + 1, in_words(row))
             if self.records is not None:
                 named = {**row, **self._images.source(position)}

@@ -9,7 +9,7 @@ import yaml
 
 from mgipt_monai import RecordFile
 from mgipt_monai.methods import Guard
-from mgipt_monai.methods.base import plain_settings
+from mgipt_monai.methods.parts import plain_settings
 from tests.bundle.conftest import CONFIGS, QUICK, ROOT, run_bundle
 
 INFERENCE, OVERLAY = CONFIGS / "inference.yaml", ROOT / "configs" / "guard.yaml"

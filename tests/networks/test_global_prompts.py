@@ -154,7 +154,7 @@ def test_off_centre_prompts_act_one_frequency_lower() -> None:
     state = {"students": [torch.ones(1, 1, 3)], "teachers": [torch.full((1, 1, 3), 3.0)]}
     prompted = []
     for centred in (True, False):
-        prompts = GlobalPrompts((3,), centred=centred)
+        prompts = GlobalPrompts((3,), centred=centred, offset="none")
         prompts.load_adaptation_state(state)
         prompted.append(prompts(wave))
     torch.testing.assert_close(prompted[0], wave, atol=1e-6, rtol=0)  # covers -1 .. 1

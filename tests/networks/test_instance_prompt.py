@@ -198,7 +198,7 @@ def test_loss_falls_on_a_simple_problem(spatial: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     image = torch.randn(1, 2, *spatial) + 0.1
     loss = Distance(full_fft(image, torch.full((1, 2, *[3] * len(spatial)), 0.6)).float())
-    prompt = InstancePrompt(sizes=(1, 3), steps=7)
+    prompt = InstancePrompt(sizes=(1, 3), steps=7, offset="none")
     tuning = prompt.tune(image, loss, Scores([0.1] * 2))
     for losses in tuning.losses.values():
         assert all(later < earlier for earlier, later in itertools.pairwise(losses))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mgipt_monai.methods.base import AdaptationMethod, Prediction, plain_settings
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.methods.guard.guard import Guard, area_change
+from mgipt_monai.methods.parts import plain_settings
 from mgipt_monai.methods.wrapped import WrappedMethod
 from mgipt_monai.networks.ensemble import disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, binarize, consistency_score
@@ -86,7 +87,7 @@ class Guarded(WrappedMethod):
             "reasons": verdict.reasons,
             "signals": signals,
         }
-        return Prediction(adapted.logits if verdict.accept else unadapted, record, adapted.uncertainty)
+        return Prediction(adapted.logits if verdict.accept else unadapted, record, adapted.uncertainty, unadapted)
 
     def _not_finite(self, unadapted: Tensor) -> Prediction:
         logits, record = torch.full_like(unadapted, torch.nan), self.method._cost()
@@ -104,6 +105,9 @@ class Guarded(WrappedMethod):
             "area_change": area_change(binarize(adapted.logits, self._head), binarize(unadapted, self._head)),
             **self.method.signals(adapted.record),
         }
+
+    def reserve(self, forwards: int) -> None:
+        """Do nothing: the guard's own prediction without adaptation is within the limit already."""
 
     def adapted_input(self, image: Tensor) -> Tensor:
         """Return the latest image as passed to the network; unchanged if the unadapted prediction was returned."""

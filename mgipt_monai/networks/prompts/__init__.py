@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from .early_stop import PhotometricJitter, consistency_score, got_worse
-from .frequency import FrequencyPrompt, LowFrequencies
+from .frequency import FrequencyPrompt, LowFrequencies, prompt_offset
 from .global_prompts import GlobalPrompts
 from .instance_prompt import InstancePrompt, InstanceTuning
 
@@ -17,4 +17,5 @@ __all__ = [
     "PhotometricJitter",
     "consistency_score",
     "got_worse",
+    "prompt_offset",
 ]

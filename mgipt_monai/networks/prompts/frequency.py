@@ -4,6 +4,10 @@
 A prompt multiplies the amplitudes of an image's ``side ** d`` lowest frequencies and keeps their phases. A real factor
 on the amplitude is the same factor on the complex coefficient, so the prompted image is the image plus the inverse
 transform of ``(prompt - 1) * coefficients``: one thin matrix product per axis.
+
+The zero frequency is the image's mean. Z-scored images have none, so a factor on it would do nothing. An offset
+(:func:`prompt_offset`) is therefore added before the amplitudes are multiplied and subtracted afterwards, which is the
+same as adding it to the coefficient of the zero frequency alone.
 """
 
 from __future__ import annotations
@@ -11,13 +15,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mgipt_monai.utils.state_checks import is_whole
 
-__all__ = ["FrequencyPrompt", "LowFrequencies"]
+__all__ = ["FrequencyPrompt", "LowFrequencies", "Offset", "prompt_offset"]
+
+Offset = Literal["auto", "none"] | float
+"""What a prompt adds before it multiplies and subtracts again, see :func:`prompt_offset`."""
+
+MOST_DEVIATIONS = 3.0
+"""With ``auto``, bound on the offset image's mean in standard deviations, so that one dark voxel decides little."""
 
 
 @lru_cache(maxsize=256)
@@ -42,6 +53,49 @@ def check_side(image: Tensor, side: int) -> None:
         )
 
 
+def check_offset(offset: Offset) -> Offset | None:
+    """Return the setting, None for ``none``, which keeps it out of states and settings as before there were offsets.
+
+    Raises:
+        ValueError: unless it is ``auto``, ``none`` or a finite number from 0.
+    """
+    if offset in ("auto", "none"):
+        return None if offset == "none" else offset
+    if isinstance(offset, bool) or not isinstance(offset, (int, float)) or not 0 <= offset < math.inf:
+        raise ValueError(f"offset must be auto, none or a number of standard deviations from 0, got {offset!r}")
+    return float(offset)
+
+
+def prompt_offset(image: Tensor, offset: Offset | None = "auto") -> Tensor:
+    """Return what is added to each image and channel before its amplitudes are multiplied, and subtracted afterwards.
+
+    With ``auto`` the darkest value counts as zero, as it did before the image was normalised: the offset is minus the
+    channel's minimum, but at most so much that the mean becomes 3 standard deviations. Where no value is below zero
+    (photographs, images scaled to [0, 1]) it is exactly zero. It depends on the image alone, and changes steadily
+    with it.
+
+    Args:
+        image: (B, C, \\*spatial).
+        offset: ``auto``, ``none`` or None for zero, or a number of the channel's standard deviations.
+
+    Returns:
+        One number per image and channel, (B, C).
+
+    Example:
+        >>> image = torch.tensor([[[0.0, 1.0], [-1.0, 1.0]]])  # one image with two channels
+        >>> prompt_offset(image).tolist()
+        [[0.0, 1.0]]
+    """
+    values = image.flatten(2)
+    if offset in (None, "none"):
+        return values.new_zeros(values.shape[:2])
+    std = values.std(dim=2, correction=0)
+    if isinstance(offset, (int, float)):
+        return offset * std
+    # not negative zero, which records would show
+    return torch.minimum(-values.amin(dim=2), MOST_DEVIATIONS * std - values.mean(dim=2)).clamp(min=0) + 0.0
+
+
 class LowFrequencies:
     """The lowest frequencies of a batch of images, computed once for any number of prompts.
 
@@ -50,6 +104,8 @@ class LowFrequencies:
         side: number of frequencies per spatial axis; at most the shortest spatial side.
         centred: whether the block is centred on the zero frequency (``-(side // 2) .. side - 1 - side // 2``) or, as in
             the released code's global prompts, one step lower (for odd sides only; even sides are the same in both).
+        offset: added to the images before the amplitudes are multiplied and subtracted afterwards, (B, C), see
+            :func:`prompt_offset`; None adds nothing.
 
     Raises:
         ValueError: if the image is smaller than the prompt.
@@ -61,7 +117,7 @@ class LowFrequencies:
         True
     """
 
-    def __init__(self, image: Tensor, side: int, centred: bool = True) -> None:
+    def __init__(self, image: Tensor, side: int, centred: bool = True, offset: Tensor | None = None) -> None:
         spatial = image.shape[2:]
         check_side(image, side)
         self.image = image
@@ -70,6 +126,10 @@ class LowFrequencies:
         for axis, rows in enumerate(self.rows, start=2):
             coefficients = torch.tensordot(coefficients, rows, dims=([axis], [1])).movedim(-1, axis)
         self.coefficients = coefficients / math.prod(spatial)
+        zero = side // 2 if centred else (side + 1) // 2
+        if offset is not None and zero < side:  # a block of side 1 that is not centred lacks the zero frequency
+            place: list[Any] = [slice(None), slice(None), *[zero] * len(spatial)]
+            self.coefficients[tuple(place)] += offset
 
     def apply(self, prompt: Tensor) -> Tensor:
         """Multiply the amplitudes of the low frequencies.
@@ -105,9 +165,10 @@ class FrequencyPrompt(nn.Module):
         in_channels: channels of the image.
         side: frequencies per spatial axis; the prompt has ``in_channels * side ** spatial_dims`` numbers.
         centred: see :class:`LowFrequencies`.
+        offset: see :func:`prompt_offset`.
 
     Raises:
-        ValueError: if a count is below one.
+        ValueError: if a count is below one, or the offset is unknown.
 
     Example:
         >>> prompt = FrequencyPrompt(spatial_dims=2, in_channels=3, side=5)
@@ -116,22 +177,26 @@ class FrequencyPrompt(nn.Module):
         True
     """
 
-    def __init__(self, spatial_dims: int, in_channels: int, side: int, centred: bool = True) -> None:
+    def __init__(
+        self, spatial_dims: int, in_channels: int, side: int, centred: bool = True, offset: Offset = "auto"
+    ) -> None:
         super().__init__()
         for name, value in (("spatial_dims", spatial_dims), ("in_channels", in_channels), ("side", side)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.side = side
         self.centred = centred
+        self.offset = check_offset(offset)
         self.amplitude = nn.Parameter(torch.ones(1, in_channels, *[side] * spatial_dims))
 
     def extra_repr(self) -> str:
         """Return the settings."""
-        return f"channels={self.amplitude.shape[1]}, side={self.side}, centred={self.centred}"
+        return f"channels={self.amplitude.shape[1]}, side={self.side}, centred={self.centred}, offset={self.offset}"
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the prompted image, same shape as ``image`` (B, C, \\*spatial)."""
-        return LowFrequencies(image, self.side, self.centred).apply(self.amplitude)
+        offset = prompt_offset(image, self.offset)
+        return LowFrequencies(image, self.side, self.centred, offset).apply(self.amplitude)
 
 
 def loss_gradients(

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from mgipt_monai.networks.prompts.frequency import (
     LowFrequencies,
+    Offset,
+    check_offset,
     check_side,
     check_sizes,
     check_step,
     check_tuning,
     loss_gradients,
+    prompt_offset,
 )
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_tensors
 
@@ -31,6 +34,7 @@ class GlobalPrompts(nn.Module):
         teacher_decay: share of the old teacher kept at each image, in [0, 1); with 0 the teachers equal the students.
         centred: whether the blocks are centred on the zero frequency; False matches the released code
             (see :class:`LowFrequencies`).
+        offset: see :func:`mgipt_monai.networks.prompt_offset`.
 
     Raises:
         ValueError: at construction, for settings out of range.
@@ -50,6 +54,7 @@ class GlobalPrompts(nn.Module):
         betas: tuple[float, float] = (0.9, 0.99),
         teacher_decay: float = 0.1,
         centred: bool = True,
+        offset: Offset = "auto",
     ) -> None:
         super().__init__()
         self.sizes = check_sizes("global sizes", sizes)
@@ -57,6 +62,7 @@ class GlobalPrompts(nn.Module):
         if not 0 <= teacher_decay < 1:
             raise ValueError(f"teacher_decay must be in [0, 1), got {teacher_decay}")
         self.lr, self.teacher_decay, self.centred = lr, teacher_decay, centred
+        self.offset = check_offset(offset)
         self.students: list[Tensor] = []
         self.teachers: list[Tensor] = []
 
@@ -98,7 +104,8 @@ class GlobalPrompts(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings."""
-        return f"sizes={self.sizes}, lr={self.lr}, teacher_decay={self.teacher_decay}, centred={self.centred}"
+        adam = f"lr={self.lr}, teacher_decay={self.teacher_decay}"
+        return f"sizes={self.sizes}, {adam}, centred={self.centred}, offset={self.offset}"
 
     def reset(self) -> None:
         """Start a new stream: all prompts start at ones again."""
@@ -159,5 +166,6 @@ class GlobalPrompts(nn.Module):
             self.teachers = [teacher.to(image.device) for teacher in self.teachers]
 
     def _views(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
-        views = [LowFrequencies(image, p.shape[-1], self.centred).apply(p) for p in prompts]
+        offset = prompt_offset(image, self.offset)
+        views = [LowFrequencies(image, p.shape[-1], self.centred, offset).apply(p) for p in prompts]
         return torch.cat(views) if views else image[:0]

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mgipt_monai.networks.prompts.early_stop import got_worse
-from mgipt_monai.networks.prompts.frequency import LowFrequencies, check_sizes, check_step, check_tuning, loss_gradients
+from mgipt_monai.networks.prompts.frequency import (
+    LowFrequencies,
+    Offset,
+    check_offset,
+    check_sizes,
+    check_step,
+    check_tuning,
+    loss_gradients,
+    prompt_offset,
+)
 from mgipt_monai.utils.state_checks import is_whole
 
 __all__ = ["InstancePrompt", "InstanceTuning"]
@@ -55,6 +64,7 @@ class InstancePrompt(nn.Module):
         lr: learning rate.
         betas: Adam's betas.
         early_stop: whether a worse consistency score ends the growth; otherwise the largest size is always reached.
+        offset: see :func:`mgipt_monai.networks.prompt_offset`.
 
     Raises:
         ValueError: at construction, for sizes that do not nest or settings out of range.
@@ -74,6 +84,7 @@ class InstancePrompt(nn.Module):
         lr: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.99),
         early_stop: bool = True,
+        offset: Offset = "auto",
     ) -> None:
         super().__init__()
         self.sizes = check_sizes("instance sizes", sizes)
@@ -83,6 +94,7 @@ class InstancePrompt(nn.Module):
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.betas = check_step(lr, betas)
         self.steps, self.lr, self.early_stop = steps, lr, early_stop
+        self.offset = check_offset(offset)
         self.amplitude: Tensor | None = None
         """The latest image's prompt (1, C, side, ...); each image replaces it, and it is not part of the state."""
 
@@ -90,7 +102,7 @@ class InstancePrompt(nn.Module):
         """Apply the latest tuned prompt to ``image`` (B, C, \\*spatial); without one, return the image unchanged."""
         if self.amplitude is None:
             return image
-        return LowFrequencies(image, self.amplitude.shape[-1]).apply(self.amplitude)
+        return self._frequencies(image, self.amplitude.shape[-1]).apply(self.amplitude)
 
     @property
     def largest_change(self) -> float:
@@ -99,7 +111,8 @@ class InstancePrompt(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings."""
-        return f"sizes={self.sizes}, steps={self.steps}, lr={self.lr}, early_stop={self.early_stop}"
+        adam = f"steps={self.steps}, lr={self.lr}"
+        return f"sizes={self.sizes}, {adam}, early_stop={self.early_stop}, offset={self.offset}"
 
     def reset(self) -> None:
         """Forget the latest image's prompt."""
@@ -135,6 +148,9 @@ class InstancePrompt(nn.Module):
             tuning.size = size
         return tuning
 
+    def _frequencies(self, image: Tensor, size: int) -> LowFrequencies:
+        return LowFrequencies(image, size, offset=prompt_offset(image, self.offset))
+
     def _tune_size(self, image: Tensor, size: int, loss: Callable[[Tensor], Tensor], tuning: InstanceTuning) -> Tensor:
         shape = (1, image.shape[1], *[size] * (image.ndim - 2))
         prompt, ring = torch.ones(shape, device=image.device), torch.ones(shape, device=image.device)
@@ -144,7 +160,7 @@ class InstancePrompt(nn.Module):
             ring = functional.pad(torch.zeros_like(self.amplitude), margin, value=1.0)
         prompt.requires_grad_()
         adam = torch.optim.Adam([prompt], lr=self.lr, betas=self.betas)
-        low = LowFrequencies(image, size)
+        low = self._frequencies(image, size)
         losses = []
         for _ in range(self.steps):
             value, (gradient,) = loss_gradients(loss, low.apply(prompt), prompt)
