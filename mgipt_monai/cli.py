@@ -16,7 +16,7 @@ from monai.utils import ensure_tuple
 
 from mgipt_monai.bundle_runs import BundleRun, as_path, errors_last, read_settings, split_settings
 from mgipt_monai.data import find_stream
-from mgipt_monai.installed import copy_folder, find_config, installed, near, presets, require
+from mgipt_monai.installed import copy_folder, find_config, installed, near, overlays, presets, require
 
 __all__ = ["main"]
 
@@ -200,8 +200,14 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
     for key in command.folders:  # they may also be given by their keys
         if options[key] is None:
             options[key] = written.pop(key, None)
-    if absent_words := [word for key, (word, _) in command.folders.items() if options[key] is None]:
-        parser.error(f"the following arguments are required: {', '.join(absent_words)}")
+    missing = [key for key in command.folders if options[key] is None]
+    kept, last = options["config"][: -len(missing)], options["config"][-len(missing) :]
+    if missing and kept and not any(_is_config(word) for word in last):
+        options |= {"config": kept, **dict(zip(missing, last, strict=True))}  # --config has taken them
+    elif missing:
+        behind = ": put them before --config, which takes all words behind it" if options["config"] else ""
+        names = ", ".join(command.folders[key][0] for key in missing)
+        parser.error(f"the following arguments are required: {names}{behind}")
     if command.extra:
         require(command.extra)
     overlays = [find_config(config) for config in options.pop("config")]
@@ -235,6 +241,10 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
             file=sys.stderr,
         )
     run.run()
+
+
+def _is_config(word: str) -> bool:
+    return Path(word).suffix in (".yaml", ".yml", ".json") or word.removeprefix("configs/") in overlays()
 
 
 def _tracking(name: str, tracking: str | None, bundle: Path) -> tuple[str, dict[str, Any]]:

@@ -185,7 +185,7 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             gathered = cast("list[list[dict[str, dict[str, float]]]]", idist.all_gather(self._measured))
         measured = [row for rows in gathered for row in rows]
         figures = self.state.summary.figures()
-        self.state.metrics |= _by_name(figures["all"]["metrics"])
+        self.state.metrics |= _overall(figures["all"])
         for name, classes in (measured[0] if measured else {}).items():
             self.state.metric_details[name] = np.array([[row[name][each] for each in classes] for row in measured])
         if len(self.state.summary) and idist.get_rank() == 0:
@@ -247,11 +247,11 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
             record |= {"status": "failed", "reason": with_file_name(root_cause(error), files), **kind}
         if stopped is not None:
             raise stopped  # not from the error, whose message would be shown in its place
-        if record["status"] == "failed" and getattr(self, "adaptation_handler", None) is None:
+        handler = getattr(self, "adaptation_handler", None)
+        if record["status"] == "failed" and handler is None:
             logger.error("%s failed: %s", record["name"], record["reason"])  # the handler logs each image itself
         record.setdefault("seconds", time.perf_counter() - start)
         engine.state.record = record
-        handler = getattr(self, "adaptation_handler", None)
         engine.state.summary.add(record, None if handler is None else handler.shown(record["name"]))
         engine.state.metrics |= image_means(record)
         if record.get("metrics"):
@@ -293,9 +293,19 @@ def _is_news(note: logging.LogRecord) -> bool:
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, float]:
-    """Return an image's metrics, their means first, and the other numbers of its record."""
+    """Return an image's metrics and other figures by class, their means first, and the other numbers of its record."""
+    tables = {f"unadapted_{name}": classes for name, classes in (record.get("unadapted_metrics") or {}).items()}
+    tables |= {key: record[key] for key in ("quality", "agreement") if record.get(key)} | (record["metrics"] or {})
     own = {key: value for key, value in record.items() if key not in (*PLACE, "index") and is_number(value)}
-    return {**image_means(record), **_by_name(record["metrics"] or {}), **own}
+    return {**image_means({"metrics": tables}), **_by_name(tables), **own}
+
+
+def _overall(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures over all images that are means: of each metric, without adaptation, the gain, the quality."""
+    tables = {f"unadapted_{name}": values for name, values in figures.get("unadapted_metrics", {}).items()}
+    tables |= {f"gain_{name}": {"mean": gain["mean"]} for name, gain in figures.get("gain", {}).items()}
+    tables |= {key: {"mean": figures[key]} for key in ("quality", "agreement") if is_number(figures.get(key))}
+    return _by_name({**figures["metrics"], **tables})
 
 
 def _by_name(metrics: Mapping[str, Mapping[str, float | None]]) -> dict[str, float]:

@@ -148,7 +148,7 @@ class AdaptiveInferer(Inferer):
         """Return the logits of a slice, those without adaptation if they are asked for, and its record."""
         if image.min() == image.max():
             with torch.no_grad(), network_turn(self.method.network):
-                logits = self.method.network(image)
+                logits = self.method.route.run(self.method.network, image)
             return logits, logits, {"forwards": 1, "backwards": 0}
         return self.method(image), self.method.unadapted, self.method.last[0]
 

@@ -13,12 +13,13 @@ from ignite.metrics import Loss
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.handlers import CheckpointLoader, StatsHandler
-from monai.inferers import SlidingWindowInferer
+from monai.inferers import SliceInferer, SlidingWindowInferer, sliding_window_inference
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mgipt_monai import (
     MGIPT,
+    AdaptiveInferer,
     RecordFile,
     SourceStatistics,
     SourceStatisticsHandler,
@@ -27,7 +28,7 @@ from mgipt_monai import (
     measure_source_statistics,
     save_state,
 )
-from tests.conftest import identical, same_state, snapshot, stream
+from tests.conftest import identical, same_state, snapshot, stream, tiny_network
 
 SLIDING = SlidingWindowInferer(roi_size=(12, 12, 12), sw_batch_size=3, overlap=0.5, mode="gaussian")
 
@@ -101,11 +102,11 @@ def test_bad_volume_is_named_in_the_log_and_leaves_no_trace(tmp_path: Path, capl
         inferer=SLIDING,
         val_handlers=[TestTimeAdaptationHandler(alone, windows=1)],
     ).run()
-    images[1] = images[1][..., :5]
+    images[1] = images[1][..., :5, :5]
     engine = SupervisedEvaluator("cpu", volume_loader(images), network, inferer=SLIDING, val_handlers=[handler])
-    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="20x20x5 is smaller than a prompt of side 7"):
+    with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="20x5x5 is smaller than a prompt of side 7"):
         engine.run()
-    assert "the stream stopped after 1 images, at in/volume_1.nii.gz: an image of 20x20x5" in caplog.text
+    assert "the stream stopped after 1 images, at in/volume_1.nii.gz: an image of 20x5x5" in caplog.text
     assert same_state(load_state(tmp_path / "state.pt")["adaptation"], alone.adaptation_state())
 
 
@@ -148,3 +149,66 @@ def test_handlers_refuse_engines_that_they_cannot_work_with(make, network: nn.Mo
     trainer = SupervisedTrainer("cpu", 1, [], network, optimizer, cross_entropy)
     with pytest.raises(TypeError, match="not with a SupervisedTrainer"):
         make().attach(trainer)
+
+
+def test_windows_passed_as_images_are_refused_with_the_right_way() -> None:
+    volume = volumes(1)[0]
+    volume[..., :12, :12, :12] = 0.0  # an empty window
+    mgipt = MGIPT(tiny_network(3, 1), steps=1)
+    with pytest.raises(RuntimeError, match=r"AdaptiveInferer\(method, SlidingWindowInferer"):
+        sliding_window_inference(volume, (12, 12, 12), 2, mgipt)
+    engine = SupervisedEvaluator("cpu", volume_loader([volume]), mgipt, inferer=SLIDING)
+    with pytest.raises(RuntimeError, match="attach TestTimeAdaptationHandler"):
+        engine.run()
+    assert mgipt.images_seen == 0
+
+    logits = AdaptiveInferer(mgipt, SLIDING)(volume, mgipt)
+    assert logits.shape[2:] == volume.shape[2:]
+    assert mgipt.images_seen == 1
+    TestTimeAdaptationHandler(mgipt).attach(engine)
+    engine.run()
+    assert mgipt.images_seen == 1  # of the handler's new stream
+
+
+def test_the_slices_of_a_volume_can_have_prompts_of_their_own_in_any_evaluator(tmp_path: Path) -> None:
+    network, path = tiny_network(2, 1), tmp_path / "records.jsonl"
+    inferer = SliceInferer(roi_size=(20, 20), spatial_dim=2)
+    engine = SupervisedEvaluator("cpu", volume_loader([volumes(1)[0][..., :4]]), network, inferer=inferer)
+    handler = TestTimeAdaptationHandler(MGIPT(network, steps=1), record_path=path, slices="own")
+    handler.attach(engine)
+    engine.run()
+    assert RecordFile(path).read()[0]["adapted_slices"] == 4
+    assert handler.method.prompt_maps().keys() == {"3 x 3", "5 x 5", "7 x 7"}
+
+
+def plain_files(folder: Path, count: int) -> DataLoader:
+    """A pipeline that drops the metadata, and with it the names."""
+    for i, image in enumerate(stream(count)):
+        torch.save(image[0], folder / f"eye_{i}.pt")
+    items = [{"image": str(folder / f"eye_{i}.pt")} for i in range(count)]
+    return DataLoader(Dataset(items, lambda item: {"image": torch.load(item["image"])}), batch_size=1)
+
+
+def test_records_are_named_by_the_files_where_a_pipeline_drops_the_metadata(tmp_path: Path, network: nn.Module) -> None:
+    engine = SupervisedEvaluator("cpu", plain_files(tmp_path, 2), network)
+    TestTimeAdaptationHandler(MGIPT(network, steps=1), record_path=tmp_path / "records.jsonl").attach(engine)
+    engine.run()
+    names = [row["name"] for row in RecordFile(tmp_path / "records.jsonl").read()]
+    assert names == [str(tmp_path / f"eye_{i}.pt") for i in range(2)]
+
+
+def test_a_second_run_goes_on_adapting_and_keeps_the_records_of_the_first(tmp_path: Path, network: nn.Module) -> None:
+    path, state = tmp_path / "records.jsonl", tmp_path / "state.pt"
+    mgipt = MGIPT(network, steps=1)
+    engine = SupervisedEvaluator("cpu", plain_files(tmp_path, 2), network)
+    handler = TestTimeAdaptationHandler(mgipt, state, path)
+    handler.attach(engine)
+    for run in range(3):
+        engine.run()
+        assert mgipt.images_seen == 2 * run + 2
+    assert [row["index"] for row in RecordFile(path).read()] == [4, 5]
+    for run in (1, 2):
+        rows = RecordFile(tmp_path / f"records.{run}.jsonl").read()
+        assert [row["index"] for row in rows] == [2 * run - 2, 2 * run - 1]
+        assert (tmp_path / f"records.{run}.runs.json").exists()
+    assert load_state(state)["adaptation"]["images_seen"] == 6

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from mgipt_monai.data.dicom import DICOM_VOLUME
 from mgipt_monai.data.outputs import MASK_ENDINGS, UNCERTAINTY
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.metrics import UNADAPTED, expected_dice
@@ -42,8 +43,9 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def is_nifti(image: MetaTensor) -> bool:
-    """Return whether the file that an image was read from is NIfTI."""
-    return str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
+    """Return whether an image was read from NIfTI, or is a volume of DICOM slices; masks of both are NIfTI."""
+    volume = str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
+    return volume or bool(image.meta.get(DICOM_VOLUME, False))
 
 
 def output_name(data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "") -> str:
@@ -275,6 +277,7 @@ class EstimateQualityd(MapTransform):
         keys: the map of probabilities (channels, \\*spatial), one key.
         head: ``sigmoid``, each channel a structure, or ``softmax``, where channel 0 is background and gets no quality.
         calibration: intercept and slope for each structure, as commissioning writes them; None leaves the score.
+        result: key of a dict, such as MONAI Label's response, that gets the ``quality`` too; None: none.
 
     Raises:
         ValueError: at construction, for several keys or an unknown head; when called, if there are not as many lines as
@@ -286,13 +289,17 @@ class EstimateQualityd(MapTransform):
     """
 
     def __init__(
-        self, keys: KeysCollection, head: Head = "sigmoid", calibration: Sequence[Sequence[float]] | None = None
+        self,
+        keys: KeysCollection,
+        head: Head = "sigmoid",
+        calibration: Sequence[Sequence[float]] | None = None,
+        result: str | None = None,
     ) -> None:
         super().__init__(keys)
         if len(self.keys) != 1:
             raise ValueError(f"the quality is that of one prediction, got the keys {', '.join(map(str, self.keys))}")
         check_head(head)
-        self.head, self.calibration = head, calibration
+        self.head, self.calibration, self.result = head, calibration, result
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Add the quality."""
@@ -308,7 +315,10 @@ class EstimateQualityd(MapTransform):
                 raise ValueError(f"the calibration has {len(self.calibration)} lines for {len(quality)} structures")
             lines = zip(quality, self.calibration, strict=True)
             quality = [min(1.0, max(0.0, start + slope * value)) for value, (start, slope) in lines]
-        return {**data, "quality": quality}
+        found = {**data, "quality": quality}
+        if self.result is not None:
+            found[self.result] = {**data.get(self.result, {}), "quality": quality}
+        return found
 
 
 class SaveUncertaintyd(MapTransform):

@@ -14,6 +14,7 @@ from typing import Any
 import ignite.distributed as idist
 from monai.utils import ensure_tuple
 
+from mgipt_monai.utils.files import load_state
 from mgipt_monai.utils.outputs import OutputFolder, check_apart, check_output_name, normal_name
 
 __all__ = ["MASK_ENDINGS", "UNCERTAINTY", "check_names", "check_outputs"]
@@ -71,6 +72,8 @@ def check_outputs(
     folder = OutputFolder(output_dir)
     folder.prepare()
     folder.claim(*files)
+    # a stream that has begun has a record file, and then only what is recorded is a result
+    has_begun = any(name.endswith(".jsonl") and (folder.path / name).exists() for name in files)
     if not resume and not overwrite:
         _check_unused(folder.path, files)
     if masks:
@@ -79,23 +82,28 @@ def check_outputs(
     for name in (f"{item['name']}{end}{kind}" for item in items for end in endings for kind in MASK_ENDINGS):
         if masks and not resume and os.path.lexists(folder.path / name):
             folder.check(name)
-            if not overwrite:
+            if not overwrite and not has_begun:
                 raise _has_results(folder.path, f"the mask {name}")
     idist.barrier()  # before one writes what another would take for an earlier run's
     return items
 
 
 def _check_unused(folder: Path, files: Sequence[str]) -> None:
-    """Raise FileExistsError if one of the files holds records of images."""
+    """Raise FileExistsError if one of the files holds records of images, or the state after some."""
     for name in files:
         if name.endswith(".jsonl") and (folder / name).is_file():
-            last, count = b"", 0
-            with (folder / name).open("rb") as lines:
-                for line in lines:
-                    if line.endswith(b"\n") and line.strip():
-                        last, count = line, count + 1
-            if count:
-                raise _has_results(folder, ", ".join([f"{count} image{'s' * (count > 1)}", *_day(last)]))
+            lines = [line for line in (folder / name).read_bytes().split(b"\n")[:-1] if line]
+            if lines:
+                raise _has_results(folder, ", ".join([_images(len(lines)), *_day(lines[-1])]))
+    for name in files:
+        if name.startswith("adaptation_state") and name.endswith(".pt"):
+            with suppress(FileNotFoundError, ValueError):
+                if position := load_state(folder / name).get("position"):
+                    raise _has_results(folder, f"a state after {_images(position)}")
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
 
 
 def _day(line: bytes) -> list[str]:

@@ -7,6 +7,7 @@ from mgipt_monai.handlers.measure_source import SourceStatisticsHandler
 
 from .adaptation import TestTimeAdaptationHandler
 from .average_prompts import AveragePromptsHandler
+from .evaluators import network_of
 from .peak_memory import PeakMemoryHandler
 from .resumable_training import ResumableTrainingHandler
 from .tracking import StreamMLFlowHandler
@@ -20,4 +21,5 @@ __all__ = [
     "StreamMLFlowHandler",
     "TestTimeAdaptationHandler",
     "WorkAheadHandler",
+    "network_of",
 ]

@@ -14,7 +14,7 @@ from monai.engines import SupervisedEvaluator
 
 from mgipt_monai.engines import AdaptationEvents
 from mgipt_monai.handlers.evaluators import agree_on_method, check_evaluator, only_run_of, pipeline_of, wrap_run
-from mgipt_monai.inferers import AdaptiveInferer
+from mgipt_monai.inferers import AdaptiveInferer, Slices
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.stream.progress import StreamProgress
 from mgipt_monai.stream.records import Identifiers
@@ -45,6 +45,8 @@ class TestTimeAdaptationHandler:
             previous image. That image may have failed, or be the last one of ``start_from`` or of the previous run.
         windows: maximum number of windows in which the alignment loss is measured, if the evaluator has a
             ``SlidingWindowInferer`` (see :class:`AdaptiveInferer`).
+        slices: ``own`` treats each slice as an image with its own 2D prompts, if the evaluator has a ``SliceInferer``;
+            ``shared`` treats a volume as one image.
         snapshot_every: number of images between two snapshots in the state file (see :class:`mgipt_monai.StreamFile`);
             the state before the first image of a new site is kept as well.
         snapshots: number of snapshots in the file; 0 keeps none (for methods that change weights, whose states are
@@ -90,6 +92,7 @@ class TestTimeAdaptationHandler:
         attempts: int | None = 2,
         settings: Mapping[str, Any] | None = None,
         key_path: str | os.PathLike[str] | None = None,
+        slices: Slices = "shared",
     ) -> None:
         self._stream = StreamProgress(
             state_path,
@@ -106,7 +109,9 @@ class TestTimeAdaptationHandler:
             key_path,
         )
         self._method, self._settings = method, {**(settings or {}), "windows": windows, "reset_at_site": reset_at_site}
-        self.windows = windows
+        self.windows, self.slices = windows, slices
+        if slices != "shared":
+            self._settings["slices"] = slices
         self._own_inferer: Any = None  # the evaluator's own, while it is replaced
         self._run = ExitStack()  # what is held while the evaluator runs
 
@@ -142,7 +147,7 @@ class TestTimeAdaptationHandler:
             TypeError: if the engine is not a ``SupervisedEvaluator``, the method cannot predict through its inferer, or
                 there is no method.
         """
-        evaluator = check_evaluator(self, engine)
+        evaluator = check_evaluator(type(self).__name__, engine)
         if getattr(evaluator, "adaptation_handler", None) is not None:
             raise RuntimeError(
                 "the evaluator already has an adaptation handler: with two, each image would be adapted to twice"
@@ -189,7 +194,7 @@ class TestTimeAdaptationHandler:
             engine.state.summary.add(row)
         self._own_inferer = engine.inferer
         if not isinstance(engine.inferer, AdaptiveInferer):
-            engine.inferer = AdaptiveInferer(method, engine.inferer, self.windows)
+            engine.inferer = AdaptiveInferer(method, engine.inferer, self.windows, self.slices)
         self._run.enter_context(stopping_cleanly())
 
     def _skip(self, engine: SupervisedEvaluator) -> None:
@@ -224,7 +229,7 @@ def records_of(engine: SupervisedEvaluator, method: AdaptationMethod, seconds: f
     """Return the records of the iteration that just ended, one per image.
 
     A ``StreamingAdaptationEvaluator`` makes its own. For other evaluators they combine the method's records, the file
-    names in the images' metadata, and an equal share of the time.
+    names in the images' metadata, empty if there are none, and an equal share of the time.
     """
     if getattr(engine.state, "record", None):
         return [engine.state.record]
@@ -233,6 +238,6 @@ def records_of(engine: SupervisedEvaluator, method: AdaptationMethod, seconds: f
     rows = []
     for item, done in zip(items, method.last, strict=True):
         meta = getattr(item.get("image"), "meta", {})
-        row = {"name": str(meta.get("filename_or_obj", done["index"])), "site": "", "status": "ok"}
+        row = {"name": str(meta.get("filename_or_obj", "")), "site": "", "status": "ok"}
         rows.append({**row, **done, "seconds": seconds / len(items)})
     return rows

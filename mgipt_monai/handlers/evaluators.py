@@ -16,28 +16,50 @@ import numpy as np
 import torch
 from ignite.engine import Engine
 from monai.data import ImageReader
-from monai.engines import SupervisedEvaluator
+from monai.engines import EnsembleEvaluator, SupervisedEvaluator
 from monai.inferers import Inferer
 from monai.transforms import Transform
+from torch import nn
 
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.networks.alignment.windows import ForwardRoute
 
-__all__ = ["agree_on_method", "check_evaluator", "describe", "only_run_of", "pipeline_of", "wrap_run"]
+__all__ = ["agree_on_method", "check_evaluator", "describe", "network_of", "only_run_of", "pipeline_of", "wrap_run"]
 
 
-def check_evaluator(handler: Any, engine: Engine) -> SupervisedEvaluator:
+def check_evaluator(handler: str, engine: Engine) -> SupervisedEvaluator:
     """Return the engine if it is a ``SupervisedEvaluator``, which runs a network through an inferer.
 
     Raises:
         TypeError: for any other engine.
     """
+    if isinstance(engine, EnsembleEvaluator):
+        raise TypeError(
+            f"{handler} adapts one network, an EnsembleEvaluator has several: give each member a method "
+            "of its own in the network's place, EnsembleEvaluator(networks=[MGIPT(one), MGIPT(other)], ...); with "
+            "sliding windows run one SupervisedEvaluator for each member, and merge what they write"
+        )
     if not isinstance(engine, SupervisedEvaluator):
         raise TypeError(
-            f"{type(handler).__name__} works with MONAI's SupervisedEvaluator, not with a {type(engine).__name__}: "
+            f"{handler} works with MONAI's SupervisedEvaluator, not with a {type(engine).__name__}: "
             "with an ignite evaluator, pass the method as the network: create_supervised_evaluator(MGIPT(network))"
         )
     return engine
+
+
+def network_of(engine: Engine) -> nn.Module:
+    """Return an evaluator's network, once it is clear that adaptation can predict through its inferer.
+
+    Whoever has an inferer that is not supported learns so before anything else is asked of the network.
+
+    Raises:
+        TypeError: for another engine than a ``SupervisedEvaluator``, or an inferer that is not supported.
+    """
+    evaluator = check_evaluator("adaptation", engine)
+    if not isinstance(evaluator.inferer, AdaptiveInferer):
+        ForwardRoute().change(evaluator.inferer, windows=1)
+    return evaluator.network
 
 
 def agree_on_method(engine: SupervisedEvaluator, method: AdaptationMethod | None, windows: int) -> AdaptationMethod:

@@ -50,7 +50,7 @@ class SourceStatisticsHandler:
         Raises:
             TypeError: for an engine that is not a ``SupervisedEvaluator``.
         """
-        check_evaluator(self, engine)
+        check_evaluator(type(self).__name__, engine)
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: SupervisedEvaluator) -> None:

@@ -56,7 +56,7 @@ class WorkAheadHandler:
         Raises:
             TypeError: for an engine that is not a ``SupervisedEvaluator``; at its start, if it does not adapt.
         """
-        evaluator = check_evaluator(self, engine)
+        evaluator = check_evaluator(type(self).__name__, engine)
         engine.add_event_handler(Events.STARTED, self._start)
         wrap_run(engine, lambda: self._running(evaluator))
 

@@ -14,9 +14,9 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
-from mgipt_monai.methods.parts import plain_settings
+from mgipt_monai.methods.parts import TakesOutput, plain_settings
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
-from mgipt_monai.networks.alignment.windows import ForwardRoute, method_turn, network_turn
+from mgipt_monai.networks.alignment.windows import ForwardRoute, check_no_window, method_turn, network_turn
 from mgipt_monai.utils.state_checks import check_keys, check_number
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
     unadapted: Tensor | None = None
 
 
-class AdaptationMethod(nn.Module, ABC):
+class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
     """A segmentation network with test-time adaptation, called like the network itself.
 
     A call adapts to each image of the batch in turn and returns its logits. It works inside ``torch.no_grad()``,
@@ -58,6 +58,8 @@ class AdaptationMethod(nn.Module, ABC):
 
     Args:
         network: the source network; it is frozen (no parameter requires a gradient) and set to evaluation mode.
+        output: of every method, by keyword: which of the network's outputs are its logits, if it returns several: key,
+            index, or a function of the output.
 
     Raises:
         TypeError: for a TorchScript network, whose layers are not accessible, or a network that already adapts.
@@ -100,6 +102,11 @@ class AdaptationMethod(nn.Module, ABC):
     def has_uncertainty(self) -> bool:
         """Whether the method predicts several views of an image, which can disagree."""
         return False
+
+    @property
+    def outputs(self) -> Any:
+        """All that the network returned in the latest prediction, views along axis 0; only with ``output``."""
+        return self.route.latest
 
     @property
     def averaged(self) -> tuple[str, ...]:
@@ -166,6 +173,7 @@ class AdaptationMethod(nn.Module, ABC):
         Raises:
             ValueError: for an image that cannot be adapted to; the adaptation state is then unchanged.
         """
+        check_no_window(self)
         with method_turn(self):
             return self._adapt_to_each(image)
 
@@ -344,7 +352,7 @@ class AdaptationMethod(nn.Module, ABC):
         def run(images: Tensor) -> Tensor:
             nonlocal forwards
             forwards += len(images)
-            return self.network(images)
+            return self.route.run(self.network, images)
 
         with torch.no_grad():
             return self.route.inferer(image, run), forwards

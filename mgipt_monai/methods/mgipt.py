@@ -55,8 +55,7 @@ class MGIPT(Remembering):
             ``Randomizable`` is seeded with (seed, image index) for each image. None uses :class:`PhotometricJitter`.
         statistics: source statistics to align with, if the network stores none or to replace the stored ones: a
             statistics file or its content, see :func:`measure_source_statistics`. They must belong to the network's
-            weights, which is checked at the first image after construction, :meth:`bind` or :meth:`reset`, not for
-            each image.
+            weights, which is checked at the first image after construction, :meth:`bind` or :meth:`reset`.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
         source_weight: lambda of the calibrated normalisation (Eq. 6), in [0, 1].
         tuning: normalisation while prompts are tuned: ``instance`` as in the paper, or ``released``, which is
@@ -75,6 +74,7 @@ class MGIPT(Remembering):
         instance_sizes: sides of the instance prompt (1, 3, 5); empty leaves it out.
         global_sizes: sides of the global prompts (3, 5, 7); empty leaves them out.
         offset: makes z-scored images start at zero for the prompts (``auto``), see :func:`prompt_offset`.
+        prompted_channels: channels of the image that are prompted; None for all. Clicks or guidance should not be.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
@@ -119,6 +119,7 @@ class MGIPT(Remembering):
         instance_sizes: Sequence[int] | None = None,
         global_sizes: Sequence[int] | None = None,
         offset: Offset | None = None,
+        prompted_channels: Sequence[int] | None = None,
     ) -> None:
         if tuning not in get_args(Tuning):
             raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}; got {tuning!r}")
@@ -127,7 +128,7 @@ class MGIPT(Remembering):
         self.statistics = read_statistics(statistics)
         super().__init__(network, memory)
         self.tuning, self.head, self.seed = tuning, head, seed
-        shared = {"lr": lr, "offset": offset}
+        shared = {"lr": lr, "offset": offset, "channels": prompted_channels}
         self.instance_prompt = build_part(
             InstancePrompt, instance_prompt, shared, own={"steps": steps, "sizes": instance_sizes}
         )
@@ -206,7 +207,7 @@ class MGIPT(Remembering):
     def _consistency(self, image: Tensor, prompt: Callable[[Tensor], Tensor]) -> float:
         """Return how much the prediction under the prompt changes when the image is jittered (Eq. 4)."""
         with torch.no_grad():
-            views = torch.cat([prompt(image), prompt(self.jitter(image))])
+            views = torch.cat([prompt(image), prompt(self.instance_prompt.perturbed(image, self.jitter))])
             logits = self.norms.predict_windows(views, self._tuning_normalization("calibrated"))
             return consistency_score(logits[:1], logits[1:], self.head)
 
@@ -234,11 +235,7 @@ class MGIPT(Remembering):
             )
 
     def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
-        """Run the network through an inferer from now on (see :class:`AdaptationMethod`).
-
-        Raises:
-            ValueError: with ``max_forwards``, for an inferer that uses windows.
-        """
+        """Run the network through an inferer from now on; ValueError with ``max_forwards`` if it uses windows."""
         if self.max_forwards is not None and not isinstance(inferer, SimpleInferer):
             raise ValueError(
                 f"max_forwards={self.max_forwards} cannot be guaranteed with a {type(inferer).__name__}, whose number "

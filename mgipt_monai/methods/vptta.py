@@ -18,6 +18,7 @@ from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, r
 from mgipt_monai.networks.prompts.frequency import (
     LowFrequencies,
     Offset,
+    check_channels,
     check_offset,
     check_step,
     check_tuning,
@@ -59,6 +60,7 @@ class VPTTA(AdaptationMethod):
         start: initial prompt once there are enough neighbours: ``memory`` is the published mix of the prompts of the
             most similar images, ``latest`` the previous image's prompt (see :meth:`released`).
         offset: see :func:`mgipt_monai.networks.prompt_offset`.
+        prompted_channels: channels of the image that are prompted; None for all. Clicks or guidance should not be.
         statistics: a statistics file or its content, see :class:`MGIPT`; it is the source's part of the blend that
             layers are aligned with.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
@@ -89,6 +91,7 @@ class VPTTA(AdaptationMethod):
         centred: bool = True,
         start: Start = "memory",
         offset: Offset = "auto",
+        prompted_channels: Sequence[int] | None = None,
         statistics: SourceStatistics | str | os.PathLike | None = None,
         aligned_layers: str | None = None,
     ) -> None:
@@ -105,7 +108,7 @@ class VPTTA(AdaptationMethod):
         self.aligned_layers, self.statistics = aligned_layers, read_statistics(statistics)
         super().__init__(network)
         self.lr, self.betas, self.side, self.centred = lr, betas, side, centred
-        self.offset = check_offset(offset)
+        self.offset, self.prompted_channels = check_offset(offset), check_channels(prompted_channels)
         self.memory_size, self.neighbours, self.warm_n, self.start = memory_size, neighbours, warm_n, start
         self.amplitudes: list[Tensor] = []
         self.prompts: list[Tensor] = []
@@ -151,7 +154,10 @@ class VPTTA(AdaptationMethod):
         return Prediction(logits, {**record, **self._cost()})
 
     def _frequencies(self, image: Tensor, offset: Tensor) -> LowFrequencies:
-        return LowFrequencies(image, self.side, self.centred, offset)
+        if self.side > min(image.shape[2:]):  # the memory needs blocks of one shape
+            sides = "x".join(map(str, image.shape[2:]))
+            raise ValueError(f"an image of {sides} is smaller than a prompt of side {self.side}: set a smaller side")
+        return LowFrequencies(image, self.side, self.centred, offset, self.prompted_channels)
 
     def _initial_prompt(self, amplitude: Tensor) -> Tensor:
         """Return the prompt that this image's tuning starts from."""

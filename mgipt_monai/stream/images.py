@@ -73,6 +73,13 @@ class StreamImages:
         flat = [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
         return [os.fspath(part) for part in flat if isinstance(part, (str, os.PathLike))]
 
+    def file(self, position: int) -> str:
+        """Return the file of the item's image, the first one of several; empty if it has none."""
+        item = self.item(position)
+        files = item.get("image") if isinstance(item, Mapping) else None
+        file = files[0] if isinstance(files, (list, tuple)) and files else files
+        return os.fspath(file) if isinstance(file, (str, os.PathLike)) else ""
+
     def source(self, position: int) -> dict[str, str]:
         """Return the fingerprint of an item's files, as it stands in the records."""
         text = _file_text(self.item(position))

@@ -147,6 +147,7 @@ class StreamProgress:
         self._names: Sequence[str] = ()  # of the current image's files
         self._alone_until = 0
         self.is_new = True  # nothing of the stream is on the disk yet
+        self._wrote = False  # whether an earlier run of this process has records
 
     @property
     def may_work_ahead(self) -> bool:
@@ -279,7 +280,8 @@ class StreamProgress:
     def done(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep the records of the images of a batch, and the state after them."""
         self._folders.check()
-        self._write(rows)
+        self._write([self._named(row, place) for place, row in enumerate(rows)])
+        self._wrote = True
         self._image.close()
         before = self._position
         self._remember(before + len(rows))
@@ -331,6 +333,8 @@ class StreamProgress:
         self._folders.check()
         self._save()
         if self.records is not None:
+            if self._wrote:  # an evaluator that runs a second time goes on adapting, in files of its own
+                self.records.set_aside()
             self.records.keep(0)
         self.is_new = False
 
@@ -344,6 +348,13 @@ class StreamProgress:
             self._site, self._adaptation = before, adaptation
             self._method.load_adaptation_state(adaptation)
             raise
+
+    def _named(self, row: dict[str, Any], place: int) -> dict[str, Any]:
+        """Return a record with its image's file, where the pipeline has lost the name."""
+        if row["name"]:
+            return row
+        file = self._names[place] if place < len(self._names) else self._images.file(self._position + place)
+        return {**row, "name": file or str(row.get("index", self._position + place))}
 
     def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Log and record the images from the current position on."""

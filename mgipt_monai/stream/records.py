@@ -280,6 +280,15 @@ class AuditTrail:
         self._runs_before = max([len(runs), *(number for number in numbers if isinstance(number, int))])
         return rows
 
+    def set_aside(self) -> None:
+        """Rename both files of an earlier run, ``records.jsonl`` to the first free ``records.1.jsonl``, and so on."""
+        path, number = self.file.path, 1
+        while (aside := path.with_suffix(f".{number}{path.suffix}")).exists():
+            number += 1
+        for file, name in ((path, aside), (self.runs_path, aside.with_suffix(".runs.json"))):
+            if file.exists():
+                file.rename(name)
+
     def begin(self, method: AdaptationMethod, first: int) -> None:
         """Start a run of ``method`` at position ``first`` of the stream, after :meth:`keep`."""
         self._run = None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.engines import EnsembleEvaluator
 from PIL import Image
 from torch.nn.functional import interpolate
 from torch.optim.swa_utils import update_bn
 
-from mgipt_monai import RecordFile, SourceStatistics, load_state
+from mgipt_monai import MGIPT, RecordFile, SourceStatistics, load_state
 from mgipt_monai.utils.files import root_cause
 from tests.bundle.conftest import ROOT, run_bundle
 from tests.conftest import tiny_network
@@ -178,3 +180,45 @@ def test_without_statistics_the_error_names_the_overlay_that_makes_them(tmp_path
         parser.get_parsed_content("adaptation")
     assert "x GroupNorm" in root_cause(caught.value)
     assert "configs/existing_source_statistics.yaml" in root_cause(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "message"),
+    [
+        (
+            {"inferer": {"_target_": "SaliencyInferer", "cam_name": "CAM", "target_layers": "0"}},
+            "not through a SaliencyInferer",
+        ),
+        (
+            {"_target_": "EnsembleEvaluator", "networks": "$[@net]", "pred_keys": ["pred"]},
+            r"EnsembleEvaluator\(networks=\[MGIPT",
+        ),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_before_a_statistics_file_is_asked_for(
+    tmp_path: Path, evaluator: dict, message: str
+) -> None:
+    config = {
+        "net": {"_target_": "torch.nn.InstanceNorm2d", "num_features": 3},
+        "bundle_root": str(tmp_path),
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "cpu",
+            "val_data_loader": "$[{'image': torch.rand(1, 3, 24, 24)}]",
+            **({} if "networks" in evaluator else {"network": "@net"}),
+            **evaluator,
+        },
+    }
+    ConfigParser.export_config_file(config, tmp_path / "evaluate.json")
+    parser = ConfigParser(ConfigParser.load_config_files([str(tmp_path / "evaluate.json"), str(ADAPT)]))
+    with pytest.raises(RuntimeError) as caught:
+        parser.get_parsed_content("adaptation")
+    assert re.search(message, str(root_cause(caught.value)))
+
+
+def test_members_of_an_ensemble_adapt_each_on_its_own() -> None:
+    methods = [MGIPT(tiny_network(seed=seed), steps=1) for seed in (0, 1)]
+    engine = EnsembleEvaluator("cpu", [{"image": torch.rand(1, 3, 24, 24)}], methods, pred_keys=["one", "two"])
+    engine.run()
+    assert [method.images_seen for method in methods] == [1, 1]
+    assert {"one", "two"} <= set(engine.state.output[0])

@@ -148,7 +148,7 @@ def test_hippocampus_overlay_adapts_a_3d_network_and_gets_past_bad_files(tmp_pat
 
 
 BAD = {
-    "b_thin.nii.gz": "an image of 12x14x5 is smaller than a prompt of side 7: use a larger image or smaller",
+    "b_thin.nii.gz": "an image of 12x5x5 is smaller than a prompt of side 7: use a larger image or smaller",
     "c_time.nii.gz": "3 channels where the network expects 1: convert the file, or split it",
     "d_vector.nii.gz": "4 spatial dimensions where the network expects 3",
     "e_constant.nii.gz": "the image is constant, .* leave the file out",
@@ -161,7 +161,7 @@ BAD = {
 def test_bad_volumes_are_named_and_leave_the_state_bit_identical(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     save(folder / "a_good.nii.gz", ramp(12, 14, 10))
-    for name, sides in {"b_thin": (12, 14, 5), "c_time": (12, 14, 10, 3), "d_vector": (12, 14, 10, 1, 3)}.items():
+    for name, sides in {"b_thin": (12, 5, 5), "c_time": (12, 14, 10, 3), "d_vector": (12, 14, 10, 1, 3)}.items():
         save(folder / f"{name}.nii.gz", ramp(*sides))
     save(folder / "e_constant.nii.gz", np.full((12, 14, 10), 7, "int16"))
     save(folder / "f_flat.nii.gz", ramp(12, 14))

@@ -100,10 +100,13 @@ def test_a_folder_with_results_is_left_alone(photographs: Path, tmp_path: Path) 
     assert "1 of 3 images failed" in done.stderr
     done = run_module(module, [*words, "--resume", "True"])
     assert "1 of 3 images failed" in done.stderr
-    for name in ("records.jsonl", "adaptation_state.pt"):
+    for name, what in (("records.jsonl", "a state after 3 images"), ("adaptation_state.pt", "the mask eye_000.png")):
         (masks / name).unlink()
+        done = run_module(*command("mgipt", photographs, masks))
+        assert f"has the results of an earlier run ({what})" in done.stderr.splitlines()[-1]
+    (masks / "records.jsonl").touch()  # a run that was killed in its first image
     done = run_module(*command("mgipt", photographs, masks))
-    assert "has the results of an earlier run (the mask eye_000.png)" in done.stderr.splitlines()[-1]
+    assert "1 of 3 images failed" in done.stderr
 
 
 class Terminal(io.StringIO):

@@ -206,7 +206,11 @@ class WeightAdaptation(AdaptationMethod):
         return norm_affine_names(self.network, self.aligned_layers)
 
     def _copy(self) -> TrainedCopy:
-        return self._copy_type(self.network, self._weight_names(), self.aligned_layers, self._optimizer)
+        adapted = self._copy_type(self.network, self._weight_names(), self.aligned_layers, self._optimizer)
+        for part in vars(adapted).values():
+            if isinstance(part, AlignedNorms):
+                part.route = self.route
+        return adapted
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
         if self.adapted is None:

@@ -135,7 +135,7 @@ class CoTTA(WeightAdaptation):
 
     def _bound(self) -> None:
         super()._bound()
-        self.anchor = AlignedNorms(self.network, self.aligned_layers)
+        self.anchor = AlignedNorms(self.network, self.aligned_layers, route=self.route)
 
     def _adapt(self, adapted: TrainedCopy, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
         assert isinstance(adapted, StudentAndTeacher)  # _copy_type

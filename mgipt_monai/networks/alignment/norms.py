@@ -123,7 +123,7 @@ class AlignedNorms:
     def stored(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation that a layer itself stores, (C,) each."""
         mean, variance = stored_statistics(self.layers[name])
-        return mean, variance.sqrt()
+        return mean.float(), variance.float().sqrt()
 
     def align(self, name: str, features: Tensor) -> Tensor:
         """Normalise a layer's features (B, C, \\*spatial) with their blend, and collect their loss if requested.
@@ -261,7 +261,7 @@ class AlignedNorms:
         """Run the network; a repeated forward starts again with no losses."""
         if self.forward_end.restart():
             self.losses = []
-        return self.network(images)
+        return self.route.run(self.network, images)
 
     def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network, one forward per image or window: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
@@ -313,6 +313,12 @@ class AlignedNorms:
         return self.losses
 
 
+def _in_backward() -> bool:
+    """Whether this thread is in a backward pass, where activation checkpointing runs parts of a network again."""
+    task = getattr(torch._C, "_current_graph_task_id", None)
+    return task is not None and task() != -1
+
+
 class _AlignedLayer:
     """Replaces one layer's forward; as a bound method it survives deepcopy and pickle."""
 
@@ -322,25 +328,21 @@ class _AlignedLayer:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Do what the layer does, with the chosen normalisation, and measure its loss."""
         norms, layer = self.norms, self.layer
-        if norms.thread != threading.get_ident():  # somebody else runs the network meanwhile
+        # somebody else runs the network meanwhile; a recomputed checkpoint runs in autograd's own thread on a GPU
+        if norms.thread != threading.get_ident() and not _in_backward():
             return type(layer).forward(layer, x, *args, **kwargs)
         # a layer without stored statistics already normalises each image by itself, or is not a norm layer
         if norms.normalization != "source" and has_stored_statistics(layer):
             features = layer_features(layer, x, x, norms.images)
             if features is not None:
-                aligned = norms.align(self.name, _at_least_single(features)).to(x.dtype)
+                aligned = norms.align(self.name, features.float()).to(x.dtype)
                 return aligned if len(x) == norms.images else aligned.movedim(2, 1).flatten(0, 1)
         output = type(layer).forward(layer, x, *args, **kwargs)
         if norms.measures(self.name):
             features = layer_features(layer, x, output, norms.images)
             if features is not None:
-                norms.measure(self.name, _at_least_single(features))
+                norms.measure(self.name, features.float())
         return output
-
-
-def _at_least_single(features: Tensor) -> Tensor:
-    """Return features of 16 bits, as autocast gives them, with 32: their sums would be infinite or coarse."""
-    return features.float() if features.dtype in (torch.half, torch.bfloat16) else features
 
 
 class BlendedNorms(AlignedNorms):

@@ -215,7 +215,7 @@ class SiteNorms(AlignedNorms):
         # deviations include eps, as in the layer, so that silent source channels do not divide by zero
         source_mean, source_variance = stored_statistics(self.layers[name])
         eps: float = self.layers[name].eps  # type: ignore[assignment] # any norm layer has one
-        source = source_mean, (source_variance + eps).sqrt()
+        source = source_mean.float(), (source_variance.float() + eps).sqrt()
         if self.observe:
             self.site.observe(name, mean, (std.square() + eps).sqrt(), *source)
         site_mean, site_std = self.site.correct(name, *source)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment.fused import instance_statistics
 from mgipt_monai.networks.alignment.layers import MEASURE, find_measurable_layers, layer_features
-from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, in_precision_of
 from mgipt_monai.utils.files import file_names, load_state, save_state
 from mgipt_monai.utils.provenance import fingerprint
 from mgipt_monai.utils.state_checks import is_whole
@@ -202,7 +202,7 @@ def measure_source_statistics(
                 if not torch.isfinite(image).all():
                     raise ValueError(f"source image {count}{file} has NaN or infinite values: repair or remove it")
                 for window in Windows(route, image).cut(image):
-                    network(window)
+                    network(in_precision_of(network, window))
     finally:
         for hook in hooks:
             hook.remove()
@@ -235,7 +235,7 @@ class _RunningMean:
 def _observe(seen: _RunningMean, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     features = layer_features(layer, inputs[0], output, images=1)
     if features is not None:
-        mean, std = instance_statistics(features)
+        mean, std = instance_statistics(features.float())
         seen.add(torch.cat([mean, std]).cpu().double())
 
 

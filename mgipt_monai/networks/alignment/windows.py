@@ -5,21 +5,25 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from monai.data.utils import dense_patch_slices
-from monai.inferers import Inferer, SimpleInferer, SliceInferer, SlidingWindowInferer
+from monai.inferers import Inferer, SimpleInferer, SliceInferer, SlidingWindowInferer, sliding_window_inference
 from monai.utils import PytorchPadMode, fall_back_tuple
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ForwardRoute", "Windows", "method_turn", "network_turn", "parts"]
+__all__ = ["ForwardRoute", "Output", "Windows", "check_no_window", "method_turn", "network_turn", "parts"]
+
+Output = str | int | Callable[[Any], Tensor]
+"""Which of a network's outputs are its logits: key of a dict, index in a tuple or list, or a function of the output."""
 
 SMALL = {1: 2**16, 2: 2**16, 3: 2**18}
 """Maximum number of voxels, by number of spatial axes, of images that go through the network together. Larger images go
@@ -40,10 +44,44 @@ class ForwardRoute:
     Attributes:
         inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``.
         windows: maximum number of windows in which the alignment loss is measured, at least 1.
+        output: which of the network's outputs are the logits; None for a network that returns one tensor.
+        latest: all that the network has returned in the latest prediction, with ``output``.
     """
 
     inferer: Inferer = field(default_factory=SimpleInferer)
     windows: int = 2
+    output: Output | None = None
+    latest: Any = None
+
+    def run(self, network: nn.Module, images: Tensor) -> Tensor:
+        """Run a network in the precision of its weights; images (B, C, \\*spatial) to float32 logits.
+
+        Raises:
+            TypeError: for an output that is not a tensor; the message names the keys to choose from.
+        """
+        with _without_compiler():
+            output = network(in_precision_of(network, images))
+        if self.output is not None:
+            if not torch.is_grad_enabled():  # what has a graph cannot be copied
+                self.latest = output
+            output = self._selected(output)
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{type(network).__name__} returns {_described(output)} instead of logits: name the logits, for "
+                f"instance MGIPT(network, output={_first_key(output)!r}), in a config method#output or "
+                "adaptation#output"
+            )
+        return output.float()
+
+    def _selected(self, output: Any) -> Any:
+        if callable(self.output):
+            return self.output(output)
+        try:
+            return output[self.output]
+        except (KeyError, IndexError, TypeError) as error:
+            raise TypeError(
+                f"output={self.output!r} is not among the network's outputs, which are {_described(output)}"
+            ) from error
 
     def change(self, inferer: Inferer, windows: int) -> None:
         """Use another inferer and number of windows from now on.
@@ -60,6 +98,48 @@ class ForwardRoute:
         if windows < 1:
             raise ValueError(f"windows must be at least 1, got {windows}")
         self.inferer, self.windows = inferer, windows
+
+
+def _without_compiler() -> Any:
+    """Run networks of ``torch.compile`` as they were: it would compile them anew whenever their layers are aligned."""
+    # imported by torch.compile, and by nobody else without need: it takes seconds
+    compiles = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")
+    return torch.compiler.set_stance("force_eager") if compiles else nullcontext()
+
+
+def in_precision_of(network: nn.Module, images: Tensor) -> Tensor:
+    """Return float32 images in the precision of a network's weights."""
+    dtype = next((weight.dtype for weight in network.parameters() if weight.is_floating_point()), images.dtype)
+    return images.to(dtype)
+
+
+def _described(output: Any) -> str:
+    if isinstance(output, dict):
+        return f"a dict with the keys {', '.join(map(repr, output))}"
+    if isinstance(output, (tuple, list)):
+        return f"a {type(output).__name__} of {len(output)} entries"
+    return f"a {type(output).__name__}"
+
+
+def _first_key(output: Any) -> Any:
+    return next(iter(output), "out") if isinstance(output, dict) else 0
+
+
+def check_no_window(method: nn.Module) -> None:
+    """Raise RuntimeError if a sliding-window inferer is calling the method, window by window.
+
+    Each window would count as an image: with an adaptation, and a place in the stream, of its own.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is sliding_window_inference.__code__:
+            name = type(method).__name__
+            raise RuntimeError(
+                f"each window would be adapted to as if it were an image. Let {name} adapt to the whole volume and "
+                "predict its windows: AdaptiveInferer(method, SlidingWindowInferer(...))(volume, network); in an "
+                "evaluator attach TestTimeAdaptationHandler(method), or set that inferer"
+            )
+        frame = frame.f_back  # type: ignore[assignment] # ends with None
 
 
 class Windows:

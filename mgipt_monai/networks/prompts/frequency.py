@@ -44,13 +44,19 @@ def _dft_rows(size: int, side: int, centred: bool, device: torch.device) -> Tens
         return torch.complex(angle.cos(), angle.sin()).to(torch.complex64).to(device)
 
 
-def check_side(image: Tensor, side: int) -> None:
-    """Raise ValueError if an image (B, C, \\*spatial) is smaller than a prompt."""
-    if side > min(image.shape[2:]):
+def short_axis(image: Tensor, side: int) -> int | None:
+    """Return the axis along which a volume (B, C, \\*spatial) is thinner than a prompt, such as a stack of few slices.
+
+    Raises:
+        ValueError: if the image is smaller than the prompt in another way, as a photograph or along several axes.
+    """
+    short = [axis for axis, size in enumerate(image.shape) if axis > 1 and size < side]
+    if len(short) > 1 or (short and image.ndim < 5):
         raise ValueError(
             f"an image of {'x'.join(map(str, image.shape[2:]))} is smaller than a prompt of side {side}: "
             "use a larger image or smaller prompt sizes"
         )
+    return short[0] if short else None
 
 
 def check_offset(offset: Offset) -> Offset | None:
@@ -106,9 +112,13 @@ class LowFrequencies:
             the released code's global prompts, one step lower (for odd sides only; even sides are the same in both).
         offset: added to the images before the amplitudes are multiplied and subtracted afterwards, (B, C), see
             :func:`prompt_offset`; None adds nothing.
+        channels: the channels that prompts act on; None for all. Others, such as clicks or guidance, do not change.
+
+    A volume may be thinner than the prompt along one axis. Of that axis only the zero frequency is used, and the rest
+    of the prompt does nothing.
 
     Raises:
-        ValueError: if the image is smaller than the prompt.
+        ValueError: if the image is otherwise smaller than the prompt, or lacks one of the channels.
 
     Example:
         >>> image = torch.rand(1, 3, 32, 48)
@@ -117,19 +127,36 @@ class LowFrequencies:
         True
     """
 
-    def __init__(self, image: Tensor, side: int, centred: bool = True, offset: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        image: Tensor,
+        side: int,
+        centred: bool = True,
+        offset: Tensor | None = None,
+        channels: Sequence[int] | None = None,
+    ) -> None:
         spatial = image.shape[2:]
-        check_side(image, side)
-        self.image = image
-        self.rows = [_dft_rows(n, side, centred, image.device) for n in spatial]
+        self.short = short_axis(image, side)
+        self.image, self.shape = image, (image.shape[1], *[side] * len(spatial))
+        self.zero = side // 2 if centred else (side + 1) // 2
+        self.rows = [
+            _dft_rows(n, 1 if axis == self.short else side, centred or axis == self.short, image.device)
+            for axis, n in enumerate(spatial, start=2)
+        ]
         coefficients = image.to(torch.complex64)
         for axis, rows in enumerate(self.rows, start=2):
             coefficients = torch.tensordot(coefficients, rows, dims=([axis], [1])).movedim(-1, axis)
         self.coefficients = coefficients / math.prod(spatial)
-        zero = side // 2 if centred else (side + 1) // 2
-        if offset is not None and zero < side:  # a block of side 1 that is not centred lacks the zero frequency
-            place: list[Any] = [slice(None), slice(None), *[zero] * len(spatial)]
+        if offset is not None and self.zero < side:  # a block of side 1 that is not centred lacks the zero frequency
+            place: list[Any] = [slice(None), slice(None), *[self.zero] * len(spatial)]
+            if self.short is not None:
+                place[self.short] = 0
             self.coefficients[tuple(place)] += offset
+        if channels is not None:
+            if max(channels) >= image.shape[1]:
+                raise ValueError(f"the image has {image.shape[1]} channels, none of number {max(channels)} to prompt")
+            exempt = [channel for channel in range(image.shape[1]) if channel not in channels]
+            self.coefficients[:, exempt] = 0
 
     def apply(self, prompt: Tensor) -> Tensor:
         """Multiply the amplitudes of the low frequencies.
@@ -144,10 +171,12 @@ class LowFrequencies:
         Raises:
             ValueError: if the prompt's channels, sides or axes do not match the image's block.
         """
-        if prompt.shape[1:] != self.coefficients.shape[1:]:
+        if prompt.shape[1:] != self.shape:
             raise ValueError(
                 f"a prompt of shape {tuple(prompt.shape)} does not fit an image of shape {tuple(self.image.shape)}"
             )
+        if self.short is not None:
+            prompt = prompt.narrow(self.short, self.zero, 1)
         change = (prompt - 1) * self.coefficients
         for axis, rows in enumerate(self.rows[:-1], start=2):
             change = torch.tensordot(change, rows.conj(), dims=([axis], [0])).movedim(-1, axis)
@@ -218,6 +247,15 @@ def check_sizes(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
     if any(not is_whole(size) or size < 1 for size in sizes) or len(set(sizes)) != len(sizes):
         raise ValueError(f"{name} must be different whole numbers from 1, got {tuple(sizes)}")
     return tuple(int(size) for size in sizes)
+
+
+def check_channels(channels: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the channels that a prompt acts on; raise ValueError unless they are different whole numbers from 0."""
+    if channels is None:
+        return None
+    if not channels or any(not is_whole(one) or one < 0 for one in channels) or len(set(channels)) != len(channels):
+        raise ValueError(f"prompted channels must be different whole numbers from 0, got {tuple(channels)}")
+    return tuple(int(one) for one in channels)
 
 
 def check_step(lr: float, betas: Sequence[float]) -> tuple[float, float]:

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from mgipt_monai.networks.prompts.frequency import (
     LowFrequencies,
     Offset,
+    check_channels,
     check_offset,
-    check_side,
     check_sizes,
     check_step,
     check_tuning,
     loss_gradients,
     prompt_offset,
+    short_axis,
 )
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_tensors
 
@@ -35,6 +36,7 @@ class GlobalPrompts(nn.Module):
         centred: whether the blocks are centred on the zero frequency; False matches the released code
             (see :class:`LowFrequencies`).
         offset: see :func:`mgipt_monai.networks.prompt_offset`.
+        channels: channels of the image that are prompted; None for all. Clicks or guidance should not be.
 
     Raises:
         ValueError: at construction, for settings out of range.
@@ -55,6 +57,7 @@ class GlobalPrompts(nn.Module):
         teacher_decay: float = 0.1,
         centred: bool = True,
         offset: Offset = "auto",
+        channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.sizes = check_sizes("global sizes", sizes)
@@ -62,7 +65,7 @@ class GlobalPrompts(nn.Module):
         if not 0 <= teacher_decay < 1:
             raise ValueError(f"teacher_decay must be in [0, 1), got {teacher_decay}")
         self.lr, self.teacher_decay, self.centred = lr, teacher_decay, centred
-        self.offset = check_offset(offset)
+        self.offset, self.channels = check_offset(offset), check_channels(channels)
         self.students: list[Tensor] = []
         self.teachers: list[Tensor] = []
 
@@ -154,7 +157,7 @@ class GlobalPrompts(nn.Module):
         if not self.sizes:
             return
         for size in self.sizes:
-            check_side(image, size)
+            short_axis(image, size)
         if self.students[0].shape[1] != channels or self.students[0].ndim != image.ndim:
             raise ValueError(
                 f"this image has {channels} channels and {dims} spatial dimensions, the stream's have "
@@ -167,5 +170,5 @@ class GlobalPrompts(nn.Module):
 
     def _views(self, image: Tensor, prompts: Sequence[Tensor]) -> Tensor:
         offset = prompt_offset(image, self.offset)
-        views = [LowFrequencies(image, p.shape[-1], self.centred, offset).apply(p) for p in prompts]
+        views = [LowFrequencies(image, p.shape[-1], self.centred, offset, self.channels).apply(p) for p in prompts]
         return torch.cat(views) if views else image[:0]

@@ -14,6 +14,7 @@ from mgipt_monai.networks.prompts.early_stop import got_worse
 from mgipt_monai.networks.prompts.frequency import (
     LowFrequencies,
     Offset,
+    check_channels,
     check_offset,
     check_sizes,
     check_step,
@@ -65,6 +66,7 @@ class InstancePrompt(nn.Module):
         betas: Adam's betas.
         early_stop: whether a worse consistency score ends the growth; otherwise the largest size is always reached.
         offset: see :func:`mgipt_monai.networks.prompt_offset`.
+        channels: channels of the image that are prompted; None for all. Clicks or guidance should not be.
 
     Raises:
         ValueError: at construction, for sizes that do not nest or settings out of range.
@@ -85,6 +87,7 @@ class InstancePrompt(nn.Module):
         betas: tuple[float, float] = (0.9, 0.99),
         early_stop: bool = True,
         offset: Offset = "auto",
+        channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.sizes = check_sizes("instance sizes", sizes)
@@ -94,7 +97,7 @@ class InstancePrompt(nn.Module):
             raise ValueError(f"steps must be at least 1, got {steps}")
         self.betas = check_step(lr, betas)
         self.steps, self.lr, self.early_stop = steps, lr, early_stop
-        self.offset = check_offset(offset)
+        self.offset, self.channels = check_offset(offset), check_channels(channels)
         self.amplitude: Tensor | None = None
         """The latest image's prompt (1, C, side, ...); each image replaces it, and it is not part of the state."""
 
@@ -148,8 +151,16 @@ class InstancePrompt(nn.Module):
             tuning.size = size
         return tuning
 
+    def perturbed(self, image: Tensor, jitter: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return an image (1, C, \\*spatial) with its prompted channels perturbed."""
+        if self.channels is None:
+            return jitter(image)
+        changed, channels = image.clone(), list(self.channels)
+        changed[:, channels] = jitter(image[:, channels])
+        return changed
+
     def _frequencies(self, image: Tensor, size: int) -> LowFrequencies:
-        return LowFrequencies(image, size, offset=prompt_offset(image, self.offset))
+        return LowFrequencies(image, size, offset=prompt_offset(image, self.offset), channels=self.channels)
 
     def _tune_size(self, image: Tensor, size: int, loss: Callable[[Tensor], Tensor], tuning: InstanceTuning) -> Tensor:
         shape = (1, image.shape[1], *[size] * (image.ndim - 2))
