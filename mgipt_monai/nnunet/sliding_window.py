@@ -24,7 +24,10 @@ class _Forward(nn.Module):
     def forward(self, patch: Tensor) -> Tensor:
         # nnU-Net predicts in inference mode, whose tensors cannot be kept in a method's state
         with torch.inference_mode(False), torch.no_grad():
-            return self.run(patch.clone() if patch.is_inference() else patch)
+            logits = self.run(patch.clone() if patch.is_inference() else patch)
+        device = patch.device.type
+        # methods return 32 bits; the networks end with a convolution, which gives autocast's precision
+        return logits.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else logits
 
 
 class _OwnPrediction:

@@ -408,6 +408,5 @@ def test_features_of_16_bits_are_measured_with_32(normalization: str) -> None:
     _, expected = norms.predict_and_measure(image, normalization)
     with torch.autocast("cpu", torch.half):
         logits, loss = norms.predict_and_measure(image, normalization)
-    assert logits.dtype == torch.half
     assert torch.isfinite(logits).all()
     assert loss == pytest.approx(expected, rel=0.01)
