@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
 from mgipt_monai.bundle_runs import BundleRun, as_path, errors_last, read_settings, split_settings
 from mgipt_monai.data import find_stream
-from mgipt_monai.installed import copy_folder, find_config, installed, near, presets, require
+from mgipt_monai.installed import copy_folder, find_config, installed, near, overlays, presets, require
 
 __all__ = ["main"]
 
@@ -197,8 +198,14 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
     for key in command.folders:  # they may also be given by their keys
         if options[key] is None:
             options[key] = written.pop(key, None)
-    if absent_words := [word for key, (word, _) in command.folders.items() if options[key] is None]:
-        parser.error(f"the following arguments are required: {', '.join(absent_words)}")
+    missing = [key for key in command.folders if options[key] is None]
+    kept, last = options["config"][: -len(missing)], options["config"][-len(missing) :]
+    if missing and kept and not any(_is_config(word) for word in last):
+        options |= {"config": kept, **dict(zip(missing, last, strict=True))}  # --config has taken them
+    elif missing:
+        behind = ": put them before --config, which takes all words behind it" if options["config"] else ""
+        names = ", ".join(command.folders[key][0] for key in missing)
+        parser.error(f"the following arguments are required: {names}{behind}")
     if command.extra:
         require(command.extra)
     overlays = [find_config(config) for config in options.pop("config")]
@@ -216,6 +223,9 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
     if twice := (given.keys() | short.keys()) & written.keys():
         raise ValueError(f"{', '.join(sorted(twice))} is given twice: leave out --{min(twice)}")
     config = ConfigParser.load_config_files([str(path) for path in configs])
+    if "tracking" in written:
+        written["tracking"], more = _tracking(name, written["tracking"], Path(bundle))
+        config = {**more, **config}
     run = BundleRun(configs, {**given, **read_settings({**written, **short}, config, own)})
     run.check()
     if name == "train":
@@ -229,6 +239,23 @@ def _bundle(name: str, arguments: Sequence[str]) -> None:
             file=sys.stderr,
         )
     run.run()
+
+
+def _is_config(word: str) -> bool:
+    return Path(word).suffix in (".yaml", ".yml", ".json") or word.removeprefix("configs/") in overlays()
+
+
+def _tracking(name: str, tracking: str | None, bundle: Path) -> tuple[str, dict[str, Any]]:
+    """Return the settings file of a tracking, and the keys that it brings; MONAI's own mlflow knows only the end."""
+    if name not in ("predict", "evaluate") and tracking == "mlflow":
+        raise ValueError(f"--tracking mlflow works with predict and evaluate, not with {name}")
+    path = bundle / "configs" / "tracking_mlflow.yaml" if tracking == "mlflow" else Path(tracking or "")
+    if tracking == "mlflow":
+        require("tracking")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: write --tracking mlflow, or --tracking with a file of settings")
+    found = ConfigParser.load_config_files(str(path))
+    return str(path), {key: value for key, value in found["configs"].items() if key not in found["handlers_id"]}
 
 
 def _check_masks(run: BundleRun) -> None:

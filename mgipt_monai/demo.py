@@ -48,6 +48,7 @@ def run_method(bundle: Path, overlays: list[Path], dataset_dir: Path, output_dir
         dataset_dir=str(dataset_dir),
         sites=list(UNSEEN),
         output_dir=str(output_dir),
+        overwrite=True,  # the demo may be run again
     )
     workflow.initialize()
     seen: dict[str, dict[str, Any]] = {}

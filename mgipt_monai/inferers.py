@@ -40,6 +40,7 @@ class AdaptiveInferer(Inferer):
             prompt for all slices: one scanner made them, and neighbouring slices stay consistent. ``own`` treats each
             slice as an image with its own prompt, at the cost of one adaptation per slice; constant slices are
             predicted without adaptation.
+        side_by_side: whether the method also predicts without adaptation, see :meth:`AdaptationMethod.compare`.
 
     Raises:
         TypeError: if ``method`` is not an adaptation method, or cannot predict through ``inferer``.
@@ -56,7 +57,12 @@ class AdaptiveInferer(Inferer):
     """
 
     def __init__(
-        self, method: AdaptationMethod, inferer: Inferer | None = None, windows: int = 2, slices: Slices = "shared"
+        self,
+        method: AdaptationMethod,
+        inferer: Inferer | None = None,
+        windows: int = 2,
+        slices: Slices = "shared",
+        side_by_side: bool = False,
     ) -> None:
         if not isinstance(method, AdaptationMethod):
             raise TypeError(f"method must be an adaptation method such as MGIPT(network), got {type(method).__name__}")
@@ -69,6 +75,9 @@ class AdaptiveInferer(Inferer):
         if slices == "own" and not isinstance(self.inferer, SliceInferer):
             raise ValueError(f"slices='own' needs a SliceInferer, got {type(self.inferer).__name__}")
         method.predict_through(*self._route())
+        self.side_by_side = side_by_side
+        if side_by_side:
+            method.compare()
 
     def __call__(  # type: ignore[override] # only a network can be adapted, not any callable
         self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any
@@ -98,7 +107,7 @@ class AdaptiveInferer(Inferer):
 
     def with_method(self, method: AdaptationMethod) -> AdaptiveInferer:
         """Return an inferer with the same settings for another method, such as a twin of this one's."""
-        return AdaptiveInferer(method, self.inferer, self.windows, self.slices)
+        return AdaptiveInferer(method, self.inferer, self.windows, self.slices, self.side_by_side)
 
     def bind(self, network: nn.Module) -> None:
         """Switch the method to this network, if it is a different one.
@@ -121,22 +130,27 @@ class AdaptiveInferer(Inferer):
     def _slice_by_slice(self, volumes: Tensor) -> Tensor:
         assert isinstance(self.inferer, SliceInferer)  # checked at construction
         axis = self.inferer.spatial_dim + 2
-        outputs, records = [], []
+        outputs, unadapted, records = [], [], []
         with self.method.transaction():
             for volume in volumes.split(1):
-                logits, done = zip(*(self._one_slice(one) for one in volume.unbind(axis)), strict=True)
+                logits, alone, done = zip(*(self._one_slice(one) for one in volume.unbind(axis)), strict=True)
                 outputs.append(torch.stack(logits, axis))
+                if self.side_by_side:
+                    unadapted.append(torch.stack(alone, axis))
                 costs = {key: sum(each[key] for each in done) for key in ("forwards", "backwards")}
                 adapted = [each["index"] for each in done if "index" in each]
                 records.append({"index": min(adapted, default=None), "adapted_slices": len(adapted), **costs})
         self.method.last = records
+        self.method.unadapted = torch.cat(unadapted) if unadapted else None
         return torch.cat(outputs)
 
-    def _one_slice(self, image: Tensor) -> tuple[Tensor, dict[str, Any]]:
+    def _one_slice(self, image: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """Return the logits of a slice, those without adaptation if they are asked for, and its record."""
         if image.min() == image.max():
             with torch.no_grad(), network_turn(self.method.network):
-                return self.method.route.run(self.method.network, image), {"forwards": 1, "backwards": 0}
-        return self.method(image), self.method.last[0]
+                logits = self.method.route.run(self.method.network, image)
+            return logits, logits, {"forwards": 1, "backwards": 0}
+        return self.method(image), self.method.unadapted, self.method.last[0]
 
 
 # per process: a server may create new inferers for each request, and the lock must outlive them

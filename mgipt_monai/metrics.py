@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of one predicted image, and metrics that MONAI does not provide."""
+"""Metrics of one predicted image, metrics that MONAI does not provide, and the expected Dice without a label."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from monai.metrics import CumulativeIterationMetric, HausdorffDistanceMetric, Su
 from monai.utils import CommonKeys, optional_import
 from torch import Tensor
 
-__all__ = ["PROBABILITY", "ImageMeasures", "MaxEMeasure", "SMeasure"]
+__all__ = ["PROBABILITY", "UNADAPTED", "ImageMeasures", "MaxEMeasure", "SMeasure", "expected_dice", "mask_dice"]
 
 PROBABILITY = "prob"
 """Key of the probability map in a postprocessed output."""
+UNADAPTED = "unadapted"
+"""Key of the prediction without adaptation in a postprocessed output."""
 
 IN_SPACING = (HausdorffDistanceMetric, SurfaceDistanceMetric, SurfaceDiceMetric)
 
@@ -39,12 +41,13 @@ class ImageMeasures:
         self.mask_metrics, self.probability_metrics = dict(mask_metrics or {}), dict(probability_metrics or {})
         self.class_names = class_names
 
-    def __call__(self, output: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    def __call__(self, output: Mapping[str, Any], key: str = CommonKeys.PRED) -> dict[str, dict[str, float]]:
         """Measure a decollated, postprocessed output.
 
         Args:
             output: ``label`` and ``pred``, masks of 0 and 1 (K, \\*spatial), and for probability metrics ``prob``,
                 of which the last K channels are used (a softmax background comes first).
+            key: the prediction to measure; any other than ``pred`` is measured without probability metrics.
 
         Returns:
             The value of each class for each metric; distances are in the unit of the label's spacing (pixels for files
@@ -56,16 +59,17 @@ class ImageMeasures:
         label = output.get(CommonKeys.LABEL)
         if label is None:
             return {}
-        pred = output[CommonKeys.PRED]
+        pred = output[key]
         if pred.shape != label.shape:
             raise ValueError(
                 f"the mask has shape {tuple(label.shape)} but the prediction {tuple(pred.shape)}: it must have the "
                 "size of the image, and one channel per class"
             )
-        if self.probability_metrics and PROBABILITY not in output:
+        has_map = key == CommonKeys.PRED
+        if self.probability_metrics and has_map and PROBABILITY not in output:
             raise ValueError(f"probability_metrics need {PROBABILITY!r} in the output: copy it in the postprocessing")
         values = {name: self._values(metric, pred, label) for name, metric in self.mask_metrics.items()}
-        for name, metric in self.probability_metrics.items():
+        for name, metric in self.probability_metrics.items() if has_map else ():
             values[name] = self._values(metric, output[PROBABILITY][-len(label) :], label)
         return values
 
@@ -76,7 +80,46 @@ class ImageMeasures:
         scores = cast(Tensor, metric(y_pred=[pred], y=[label], **options)[0]).tolist()
         # the metric's buffer would grow with the stream; the values are kept in the records
         metric.reset()
-        return dict(zip(self.class_names or map(str, range(len(scores))), scores, strict=True))
+        return self.by_class(scores)
+
+    def by_class(self, values: Sequence[float]) -> dict[str, float]:
+        """Return the values of the classes by their names."""
+        return dict(zip(self.class_names or map(str, range(len(values))), values, strict=True))
+
+
+def mask_dice(one: Tensor, other: Tensor) -> list[float]:
+    """Return the Dice of two masks of 0 and 1 (K, \\*spatial) for each class; 1 where both are empty.
+
+    Example:
+        >>> mask_dice(torch.tensor([[1, 1, 0], [0, 0, 0]]), torch.tensor([[1, 0, 0], [0, 0, 0]]))
+        [0.6666666666666666, 1.0]
+    """
+    pairs = zip(one.flatten(1) > 0, other.flatten(1) > 0, strict=True)
+    counts = [(int((a & b).sum()), int(a.sum()) + int(b.sum())) for a, b in pairs]
+    return [2 * both / total if total else 1.0 for both, total in counts]
+
+
+def expected_dice(probabilities: Tensor, masks: Tensor) -> list[float]:
+    """Return for each class the Dice that a mask has with the truth if the probabilities are right.
+
+    It is the mask's soft Dice with its own probabilities, 2 sum(p m) / (sum(p) + sum(m)), which nearly is the expected
+    Dice of independent pixels. Of an empty mask it is one minus the largest probability, a bound on the probability
+    that the class is absent. Networks are too sure of themselves, more so on images of another site: the number ranks
+    images, and estimates their Dice once it is calibrated on labelled ones (``mgipt commission``).
+
+    Args:
+        probabilities: (K, \\*spatial), in [0, 1].
+        masks: (K, \\*spatial), of 0 and 1.
+
+    Example:
+        >>> expected_dice(torch.tensor([[0.75, 0.75, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+        [0.8571428571428571]
+    """
+    found = []
+    for probability, mask in zip(probabilities.flatten(1), masks.flatten(1) > 0, strict=True):
+        both, total = probability[mask].double().sum(), probability.double().sum() + mask.sum()
+        found.append(float(2 * both / total) if mask.any() else 1 - float(probability.max()))
+    return found
 
 
 py_sod_metrics, _ = optional_import("py_sod_metrics", descriptor="{}: pip install mgipt_monai[benchmark]")

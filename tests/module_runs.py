@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
+import pty
 import runpy
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +40,29 @@ def run_module(module: str, arguments: Sequence[str], timeout: float = 300) -> s
             raise subprocess.TimeoutExpired(["python", "-m", module, *arguments], timeout)
         out, err = (Path(file).read_text(errors="backslashreplace") if os.path.exists(file) else "" for file in files)
     return subprocess.CompletedProcess(["python", "-m", module, *arguments], process.exitcode, out, err)
+
+
+def run_in_terminal(module: str, arguments: Sequence[str], timeout: float = 300) -> tuple[int, str]:
+    """Do what ``python -m module arguments`` does in a terminal of 200 columns; return its exit status and text."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    shown: list[bytes] = []
+
+    def read() -> None:
+        with suppress(OSError):  # the last one has closed the terminal
+            while text := os.read(master, 4096):
+                shown.append(text)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    process = SERVER.Process(target=_main, args=(module, list(arguments), [os.ttyname(slave)] * 2))
+    process.start()
+    process.join(timeout)
+    process.kill()
+    os.close(slave)
+    reader.join(10)
+    os.close(master)
+    return process.exitcode, b"".join(shown).decode(errors="replace")
 
 
 def _main(module: str, arguments: list[str], files: list[str]) -> None:

@@ -152,11 +152,11 @@ def test_failed_images_are_the_last_lines(photographs: Path, tmp_path: Path) -> 
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "good.png").symlink_to(photographs / "eye_000.png")
     (tmp_path / "in" / "bad.png").write_text("no image")
-    words = ["predict", tmp_path / "in", tmp_path / "out", *SMALL]
+    words = ["predict", tmp_path / "in", tmp_path / "out", *SMALL, "--overwrite", "True"]
     done = mgipt(*words, fails=True)
     assert done.stderr.splitlines()[-2] == "error: 1 of 2 images failed, the others are done:"
     assert "bad.png cannot be read as an image" in last_line(done)
-    assert "ERROR mgipt_monai.engines: bad failed" in done.stdout
+    assert "ERROR mgipt_monai.stream.progress: image 1: bad failed" in done.stdout
     assert "terminating" not in done.stdout
     done = mgipt(*words, "--debug", fails=True)
     assert "Traceback" in done.stderr
@@ -273,6 +273,25 @@ def test_init_copies_what_runs_and_never_writes_over(settings: list[str], tmp_pa
     assert "nothing is written over" in last_line(done)
     mgipt(*settings, "--bundle", mine / "bundle", "--config", mine / "configs" / "methods" / "source.yaml")
     assert len(RecordFile(tmp_path / "masks" / "records.jsonl").read()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--config", "guard", "methods/bn", "in", "out"], ["in", "--config", "guard", "methods/bn", "out"]],
+    ids=str,
+)
+def test_folders_behind_the_configs_are_folders(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    cli.main(["predict", *words, "--print-command"])
+    printed = capsys.readouterr().out
+    assert "guard.yaml','" in printed
+    assert "--dataset_dir in --output_dir out" in printed
+    with pytest.raises(SystemExit):
+        cli.main(["predict", "--config", "guard", "methods/bn"])
+    assert "required: IMAGES, MASKS: put them before --config, which takes" in capsys.readouterr().err
 
 
 def test_path_prints_folders(capsys: pytest.CaptureFixture) -> None:

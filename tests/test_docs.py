@@ -36,7 +36,7 @@ NAMED = re.compile(
     r"\.(?:yaml|py|md|json|png|jpg|ipynb|txt))"
 )
 PROTOCOL = ("inference", "evaluate", "benchmark")
-OPTIONS = {"config_file", "bundle_root"}
+OPTIONS = {"config_file", "bundle_root", "tracking"}
 
 
 def of(*pages: Path, language: str) -> list:

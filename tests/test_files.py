@@ -17,7 +17,7 @@ from mgipt_monai import (
     load_state,
     save_state,
 )
-from mgipt_monai.stream.records import in_words
+from mgipt_monai.stream.terminal import in_words
 from mgipt_monai.utils.files import atomic_path
 from tests.conftest import identical, snapshot, tiny_network
 
@@ -77,9 +77,9 @@ def test_records_survive_a_line_cut_off(tmp_path: Path) -> None:
 
 def test_log_line_says_why_an_image_fell_back() -> None:
     row = {"name": "eye", "status": "ok", "seconds": 0.5, "forwards": 43, "decision": "adapted", "reasons": ["far"]}
-    assert in_words(row) == "eye, 43 F, 0.50 s"
+    assert in_words(row) == "eye: 43 forward passes, 0.50 s"
     refused = {**row, "decision": "unadapted", "reasons": ["the mask is empty", "far"]}
-    assert in_words(refused) == "eye, unadapted: the mask is empty, 43 F, 0.50 s"
+    assert in_words(refused) == "eye: predicted without adaptation since the mask is empty, 43 forward passes, 0.50 s"
 
 
 def row(site: str, disc: float | None, cup: float | None, status: str = "ok") -> dict:

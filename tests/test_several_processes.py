@@ -188,7 +188,8 @@ def test_summary_of_both_is_that_of_all_records(folder: Path, results: list[dict
     assert json.loads((folder / "whole" / "summary.json").read_text()) == figures
     for result in results:
         assert result["whole"]["figures"] == figures
-        assert result["whole"]["metrics"] == {"dsc": figures["all"]["metrics"]["dsc"]["mean"]}
+        means = figures["all"]["metrics"]["dsc"]
+        assert result["whole"]["metrics"] == {"dsc" if key == "mean" else f"dsc_{key}": means[key] for key in means}
 
 
 def test_failed_image_ends_both_with_its_name(results: list[dict]) -> None:

@@ -17,8 +17,7 @@ from mgipt_monai.stream.summary import image_means, image_of, worst_tenth
 from mgipt_monai.utils.files import write_csv
 from mgipt_monai.utils.outputs import output_file
 from mgipt_monai.utils.provenance import versions
-
-from .statistics import interval, per_case, shares, wilcoxon
+from mgipt_monai.utils.statistics import interval, per_case, shares, wilcoxon
 
 __all__ = ["METRICS", "metric_info", "summarise", "timing", "write_images_csv"]
 

@@ -89,7 +89,7 @@ def audit(
     Raises:
         ValueError: as :func:`commission`, and for an image that the setting was fitted to.
     """
-    check_settings(confidence, NOTHING, tolerated_loss, 1.0, metric, head)
+    check_settings(confidence, NOTHING, tolerated_loss, 1.0, metric, head, boundary, bound)
     network = network.eval().requires_grad_(False)
     cases, known = read_cases(labelled, device_of(network) if device is None else device, head, FEWEST), set(known)
     if seen := [case.name for case in cases if case.sha256 in known]:

@@ -36,6 +36,8 @@ from mgipt_monai.utils.provenance import fingerprint
 
 __all__ = ["Commissioning", "Row", "check_settings", "commission", "device_of"]
 
+SLOPE_WEIGHT = 0.02
+"""Weight of a slope of 1 in a calibration, as a sum of squares: a spread of 4.5 points over ten images."""
 Fallback = Literal["none", "steady"]
 
 
@@ -90,6 +92,8 @@ class Commissioning:
         cases: for each labelled image its name, SHA-256, group, and metric before and after.
         masks: for each labelled image its masks before and after (classes, \\*spatial), by a fit that did not see it.
         skipped: candidates that cannot be used with this network, and why.
+        quality_calibration: intercept and slope of each class with which :class:`mgipt_monai.data.EstimateQualityd`
+            estimates the Dice of this site's masks; None for another metric than Dice.
     """
 
     method: AdaptationMethod
@@ -107,6 +111,7 @@ class Commissioning:
     cases: list[dict[str, Any]]
     masks: list[tuple[np.ndarray, np.ndarray]] = field(repr=False)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    quality_calibration: list[list[float]] | None = None
 
 
 def commission(
@@ -182,7 +187,7 @@ def commission(
         >>> result.certified, result.table[0].gain > 0, result.method(images[0][None]).shape
         (True, True, torch.Size([1, 1, 24, 24]))
     """
-    check_settings(confidence, fallback, tolerated_loss, max_harm, metric, head)
+    check_settings(confidence, fallback, tolerated_loss, max_harm, metric, head, boundary, bound)
     known = {**BASES, **(bases or {})}
     listed = read_candidates(candidates, known)
     wanted = list(dict.fromkeys([(NOTHING, NOTHING), (fallback, NOTHING), *listed]))
@@ -256,7 +261,30 @@ def commission(
             for case, first, second in zip(cases, before.masks, after.masks, strict=True)
         ],
         skipped=trial.skipped,
+        quality_calibration=calibrate_quality(after.quality, after.values) if metric == "dice" else None,
     )
+
+
+def calibrate_quality(quality: np.ndarray, dice: np.ndarray) -> list[list[float]]:
+    """Fit for each class a line from expected to true Dice; both (images, classes), NaN where a class is absent.
+
+    Few images say little about the slope, so it is drawn towards 1.
+
+    Example:
+        >>> expected = np.array([[0.9], [0.9], [0.9]])
+        >>> [[round(number, 6) for number in line] for line in calibrate_quality(expected, expected - 0.25)]
+        [[-0.25, 1.0]]
+    """
+    lines = []
+    for predicted, true in zip(quality.T, dice.T, strict=True):
+        there = ~np.isnan(true)
+        if not there.any():
+            lines.append([0.0, 1.0])
+            continue
+        x, y = predicted[there], true[there]
+        slope = ((x - x.mean()) @ (y - y.mean()) + SLOPE_WEIGHT) / (np.square(x - x.mean()).sum() + SLOPE_WEIGHT)
+        lines.append([float(y.mean() - slope * x.mean()), float(slope)])
+    return lines
 
 
 def device_of(network: nn.Module) -> torch.device:
@@ -300,6 +328,8 @@ def check_settings(
     max_harm: float,
     metric: str,
     head: str,
+    boundary: float,
+    bound: str,
 ) -> None:
     """Raise ValueError, with the value and the choices, for a setting that is out of range."""
     check_head(head)
@@ -309,6 +339,10 @@ def check_settings(
         raise ValueError(f"fallback must be one of {', '.join(get_args(Fallback))}; got {fallback!r}")
     if metric not in get_args(Metric):
         raise ValueError(f"metric must be one of {', '.join(get_args(Metric))}; got {metric!r}")
+    if bound not in get_args(Bound):
+        raise ValueError(f"bound must be one of {', '.join(get_args(Bound))}; got {bound!r}")
+    if not boundary >= 0:
+        raise ValueError(f"boundary must not be negative, got {boundary}")
     if not 0 <= tolerated_loss < 1:
         raise ValueError(f"tolerated_loss must be in [0, 1), got {tolerated_loss}")
     if not 0 <= max_harm <= 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -13,12 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from monai.utils import convert_to_numpy
-from PIL import Image
-from torch import Tensor
 
 try:
     import jinja2  # noqa: F401 (the page's template needs it)
-    from matplotlib import patheffects
     from matplotlib.figure import Figure
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
@@ -28,11 +24,12 @@ except ModuleNotFoundError as error:
 from mgipt_monai.commissioning.commission import Commissioning, Row
 from mgipt_monai.commissioning.trial import FOLDS, NOTHING, TRAINED
 from mgipt_monai.report.charts import as_svg, plain_axes
+from mgipt_monai.report.overlays import STYLES, contour_picture, fullest_plane
 from mgipt_monai.report.page import page_environment
 from mgipt_monai.utils.files import plain_text
 from mgipt_monai.utils.provenance import versions
 
-__all__ = ["commissioning_page", "contour_picture"]
+__all__ = ["commissioning_page"]
 
 UNITS = {"dice": "DSC", "surface_dice": "surface Dice"}
 BOUNDS = {
@@ -51,16 +48,6 @@ CORRECTORS_IN_WORDS = {
     "norms": "moves the statistics of each norm layer towards the site's, by two numbers a layer; includes an offset",
     "prompts": "changes the lowest frequencies of every image in the same way; includes an offset",
 }
-
-DPI = 100
-# Distinct in colour for all kinds of colour vision, in brightness and in dashes. The later ones have gaps, so that one
-# that lies on another hides no more than half of it; the dark edge keeps them visible on bright images.
-STYLES: dict[str, dict[str, Any]] = {
-    "reference": {"colors": "#ffffff", "linewidths": 1.3, "linestyles": "solid"},
-    "before": {"colors": "#e69f00", "linewidths": 1.1, "linestyles": [(0, (5, 2.5))]},
-    "after": {"colors": "#56b4e9", "linewidths": 1.3, "linestyles": [(0, (1.2, 1.6))]},
-}
-EDGE = "#202020"
 
 
 class _ShownCase(NamedTuple):
@@ -134,78 +121,6 @@ def commissioning_page(
     )
 
 
-def contour_picture(image: Tensor | np.ndarray, masks: Mapping[str, Tensor | np.ndarray], side: int = 288) -> bytes:
-    """Draw an image with the contours of masks on it, as a PNG.
-
-    Of a volume, the plane of the last axis is drawn in which the first masks are largest.
-
-    Args:
-        image: (C, H, W) or (C, H, W, D), of any range of values: its smallest becomes black, its largest white. With
-            other than one or three channels, only the first is drawn.
-        masks: ``reference``, ``before`` or ``after`` to masks (classes, \\*spatial), 0 outside.
-        side: longest side of the picture in pixels. Smaller images are enlarged, contours are drawn at this size.
-
-    Raises:
-        ValueError: for a name that has no style, and for masks of another size than the image.
-
-    Example:
-        >>> import torch
-        >>> disc = (torch.cartesian_prod(*[torch.linspace(-1, 1, 24)] * 2).norm(dim=1) < 0.5).view(1, 24, 24)
-        >>> contour_picture(torch.rand(1, 24, 24), {"reference": disc})[1:4]
-        b'PNG'
-    """
-    if unknown := set(masks) - set(STYLES):
-        raise ValueError(
-            f"there is no style for the masks {', '.join(map(repr, sorted(unknown)))}: {', '.join(STYLES)}"
-        )
-    pixels, outlines = convert_to_numpy(image), {name: convert_to_numpy(mask) for name, mask in masks.items()}
-    for name, mask in outlines.items():
-        if mask.shape[1:] != pixels.shape[1:]:
-            raise ValueError(f"the {name} masks are {mask.shape[1:]}, the image is {pixels.shape[1:]}")
-    if pixels.ndim == 4:
-        index = _fullest_plane(next(iter(outlines.values()), pixels[:0]))
-        pixels, outlines = pixels[..., index], {name: mask[..., index] for name, mask in outlines.items()}
-    picture = _resized(pixels, side)
-    width, height = picture.size
-    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI)
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.axis("off")
-    axes.imshow(np.asarray(picture.convert("RGB")), extent=(0, width, height, 0), interpolation="none", aspect="auto")
-    for name, mask in outlines.items():
-        style = STYLES[name]
-        edge = [patheffects.Stroke(linewidth=style["linewidths"] + 1, foreground=EDGE), patheffects.Normal()]
-        for of_class in mask:
-            # zeros around it close the contour of a mask that reaches the image's border
-            padded = np.pad(of_class != 0, 1)
-            if padded.any():
-                rows, columns = (
-                    (np.arange(-1, length + 1) + 0.5) * drawn / length
-                    for length, drawn in zip(of_class.shape, (height, width), strict=True)
-                )
-                axes.contour(columns, rows, padded, levels=[0.5], **style).set_path_effects(edge)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _resized(pixels: np.ndarray, side: int) -> Image.Image:
-    """Return the picture of an image (C, H, W) with a longest side of ``side``."""
-    pixels = (pixels if len(pixels) in (1, 3) else pixels[:1]).astype(np.float64)
-    low, high = pixels.min(), pixels.max()
-    grey = np.round(255 * (pixels - low) / (high - low or 1)).astype(np.uint8)
-    picture = Image.fromarray(grey[0] if len(grey) == 1 else grey.transpose(1, 2, 0))
-    scale = side / max(picture.size)
-    width, height = (max(1, round(length * scale)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC)
-
-
-def _fullest_plane(masks: np.ndarray) -> int:
-    """Return the plane of the last axis with the most voxels in any mask (classes, H, W, D); the middle one of none."""
-    count = (masks != 0).any(axis=0).sum(axis=(0, 1))
-    return int(count.argmax()) if count.any() else len(count) // 2
-
-
 def _shown_case(
     case: Mapping[str, Any],
     item: Mapping[str, Any],
@@ -229,7 +144,7 @@ def _shown_case(
         group="" if case["group"] == case["name"] else case["group"],
         sha256=case["sha256"],
         picture=f"data:image/png;base64,{png}",
-        plane=f"plane {_fullest_plane(label) + 1} of {label.shape[-1]}" if label.ndim == 4 else "",
+        plane=f"plane {fullest_plane(label) + 1} of {label.shape[-1]}" if label.ndim == 4 else "",
         change=change,
         harmed=change < -tolerated_loss,
         rows=rows,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -67,17 +67,22 @@ def commission_site(
         raise ValueError(f"mode must be new, add or audit, got {mode!r}")
     if identifiers not in ("names", "hashed"):
         raise ValueError(f"identifiers must be names or hashed, got {identifiers!r}")
-    labelled = read_labelled(dataset, items)
     folder = OutputFolder(output_dir)
-    if identifiers == "hashed":
-        pseudonyms = Pseudonyms(folder.file("commissioning.key"))
-        labelled = [{**case, "name": pseudonyms.of(case["name"])} for case in labelled]
-        labelled = [{**case, "group": pseudonyms.of(case["group"])} if "group" in case else case for case in labelled]
-        items = []
+    pseudonyms = Pseudonyms(folder.file("commissioning.key")) if identifiers == "hashed" else None
+    read: list[dict[str, Any]] = []
+
+    def reading() -> Iterator[dict[str, Any]]:
+        """Yield the images, which are read only when the settings have been checked."""
+        for case in _labelled(dataset, items):
+            if pseudonyms is not None:
+                case |= {key: pseudonyms.of(case[key]) for key in ("name", "group") if key in case}
+            read.append(case)
+            yield read[-1]
+
     if mode == "audit":
-        return _audit_site(network, labelled, folder, settings)
-    result = commission(network, labelled, **settings)
-    write_site(result, output_dir, labelled, items)
+        return _audit_site(network, reading(), folder, settings)
+    result = commission(network, reading(), **settings)
+    write_site(result, output_dir, read, items if pseudonyms is None else [])
     _tell(result.statement, folder.path / PAGE, folder.path / OVERLAY)
     return result
 
@@ -88,7 +93,10 @@ def read_labelled(dataset: Iterable[Mapping[str, Any]], items: Sequence[Mapping[
     Raises:
         ValueError: for an image or a label that cannot be read, with the reason, or for two files of different sizes.
     """
-    labelled = []
+    return list(_labelled(dataset, items))
+
+
+def _labelled(dataset: Iterable[Mapping[str, Any]], items: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     for case, item in zip(dataset, items, strict=True):
         if FAILURE in case:
             raise ValueError(str(case[FAILURE]))
@@ -100,8 +108,7 @@ def read_labelled(dataset: Iterable[Mapping[str, Any]], items: Sequence[Mapping[
                 f"{'x'.join(map(str, image))}: draw the label on the whole image"
             )
         kept = {key: str(item[key]) for key in ("name", "group") if key in item}
-        labelled.append({"image": case["image"], "label": case["label"], **kept})
-    return labelled
+        yield {"image": case["image"], "label": case["label"], **kept}
 
 
 def _size_in_file(image: Any) -> list[int]:
@@ -176,6 +183,7 @@ def write_site(
         "settings": dict(result.settings),
         "candidates": [asdict(row) for row in result.table],
         "skipped": dict(result.skipped),
+        "quality_calibration": result.quality_calibration,
         "cases": result.cases,
         "versions": versions(),
         "images": [_located(item) for item in items],
@@ -216,6 +224,8 @@ def _overlay(result: Commissioning, folder: Path, kind: str) -> str:
             "site": f"$@site_dir + '/{SETTING}'",
             "head": head,
         }
+    if over_bundle and result.quality_calibration is not None:
+        config["quality_calibration"] = [[round(number, 4) for number in line] for line in result.quality_calibration]
     where = "any of the bundle's configs" if over_bundle else "a bundle's inference config and existing_bundle.yaml"
     lines = [
         f"Overlay on {where}: the site's setting, as `mgipt commission` found it.",
@@ -248,7 +258,7 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _audit_site(
-    network: nn.Module, labelled: Sequence[Mapping[str, Any]], folder: OutputFolder, settings: Mapping[str, Any]
+    network: nn.Module, labelled: Iterable[Mapping[str, Any]], folder: OutputFolder, settings: Mapping[str, Any]
 ) -> Audit:
     report = _read_report(folder.file(REPORT))
     path = folder.file(SETTING)

@@ -29,6 +29,7 @@ from mgipt_monai.commissioning.correctors import (
 from mgipt_monai.methods.base import AdaptationMethod, check_image
 from mgipt_monai.methods.commissioned import Commissioned, SiteSetting, monitored
 from mgipt_monai.methods.source import Source
+from mgipt_monai.metrics import expected_dice
 from mgipt_monai.networks.correction import Correction
 from mgipt_monai.networks.prompts.early_stop import Head, binarize
 from mgipt_monai.utils.files import root_cause
@@ -76,6 +77,8 @@ SWAPPED = 0.1
 """Dice by which each class must fit better in another order of the classes for labels to count as swapped."""
 
 Metric = Literal["dice", "surface_dice"]
+Scored = tuple[np.ndarray, Tensor, list[float]]
+"""Metric of each class, masks and expected Dice of one image."""
 
 
 @dataclass
@@ -95,13 +98,14 @@ class Case:
 
 @dataclass
 class Candidate:
-    """A base and a corrector, with the metric and the packed masks of each image by a fit that did not see it."""
+    """A base and a corrector, with metric, masks and expected Dice of each image by a fit that did not see it."""
 
     base: str
     corrector: str
     cost: float
     values: np.ndarray  # (images, classes)
     masks: list[np.ndarray]  # packed
+    quality: np.ndarray
 
     @property
     def name(self) -> str:
@@ -270,7 +274,7 @@ class Trial:
 
     def _run_trained(self, corrector: str, fit: Callable[..., Correction], bases: Sequence[str]) -> None:
         """Fit once a fold, then measure each base on top of the fit."""
-        scored: dict[str, dict[int, tuple[np.ndarray, Tensor]]] = {base: {} for base in bases}
+        scored: dict[str, dict[int, Scored]] = {base: {} for base in bases}
         costs = {}
         for fold in sorted(set(self.fold.values())):
             held_out = [self.fold[case.group] == fold for case in self.cases]
@@ -292,15 +296,17 @@ class Trial:
         for base, results in scored.items():
             self._add(base, corrector, costs[base], [results[index] for index in range(len(self.cases))])
 
-    def _scored(self, logits: Tensor, case: Case) -> tuple[np.ndarray, Tensor]:
-        return score(logits, case.label, self.head, self.metric, self.boundary)
+    def _scored(self, logits: Tensor, case: Case) -> Scored:
+        values, masks = score(logits, case.label, self.head, self.metric, self.boundary)
+        likely = logits.sigmoid() if self.head == "sigmoid" else logits.softmax(dim=1)[:, 1:]
+        return values, masks, expected_dice(likely[0], masks[0])
 
-    def _add(self, base: str, corrector: str, cost: float, scored: Sequence[tuple[np.ndarray, Tensor]]) -> None:
-        values = np.stack([values for values, _ in scored])
-        masks = [np.packbits(masks[0].cpu().numpy().astype(bool)) for _, masks in scored]
-        self.candidates[base, corrector] = Candidate(base, corrector, cost, values, masks)
+    def _add(self, base: str, corrector: str, cost: float, scored: Sequence[Scored]) -> None:
+        values, quality = (np.stack([each[part] for each in scored]) for part in (0, 2))
+        masks = [np.packbits(masks[0].cpu().numpy().astype(bool)) for _, masks, _ in scored]
+        self.candidates[base, corrector] = Candidate(base, corrector, cost, values, masks, quality)
 
-    def _with_offset(self, logits: Sequence[Tensor]) -> list[tuple[np.ndarray, Tensor]]:
+    def _with_offset(self, logits: Sequence[Tensor]) -> list[Scored]:
         scored, curves = [], []
         if self.head == "sigmoid":
             curves = [curves_of(each, case.label) for each, case in zip(logits, self.cases, strict=True)]

@@ -7,7 +7,7 @@ from mgipt_monai.data.dataset import PhotographReader, check_declared_size
 
 from .dataset import StreamDataset
 from .demo import CAMERAS, Camera, SiteCamerad
-from .masks import AddUncertaintyd, LabelMapd, SaveMaskd, SaveUncertaintyd
+from .masks import AddUnadaptedd, AddUncertaintyd, EstimateQualityd, LabelMapd, SaveMaskd, SaveUncertaintyd
 from .order import order_stream, share_stream
 from .outputs import check_outputs
 from .streams import find_stream
@@ -16,10 +16,12 @@ from .transforms import AdaptationResultd, CheckFiled, CheckImaged, LabelToChann
 __all__ = [
     "CAMERAS",
     "AdaptationResultd",
+    "AddUnadaptedd",
     "AddUncertaintyd",
     "Camera",
     "CheckFiled",
     "CheckImaged",
+    "EstimateQualityd",
     "LabelMapd",
     "LabelToChannelsd",
     "PhotographReader",

@@ -12,15 +12,22 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor, NibabelWriter, PILWriter
 from monai.transforms import MapTransform, Transform
+from monai.utils import convert_to_tensor
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from mgipt_monai.data.outputs import MASK_ENDINGS, UNCERTAINTY
 from mgipt_monai.inferers import AdaptiveInferer
+from mgipt_monai.metrics import UNADAPTED, expected_dice
+from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.files import stem
 from mgipt_monai.utils.outputs import OutputFolder, check_output_name
 
 __all__ = [
+    "AddUnadaptedd",
     "AddUncertaintyd",
+    "EstimateQualityd",
     "LabelMapd",
     "SaveMaskd",
     "SaveUncertaintyd",
@@ -46,8 +53,28 @@ def output_name(data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "
     return f"{name}{ending}{MASK_ENDINGS[is_nifti(image)]}"
 
 
+PALETTE = np.array(
+    [
+        [0, 0, 0],
+        [86, 180, 233],
+        [230, 159, 0],
+        [0, 158, 115],
+        [240, 228, 66],
+        [204, 121, 167],
+        [213, 94, 0],
+        [0, 114, 178],
+    ],
+    dtype=np.uint8,
+)
+"""Colours of the values 0 to 7, distinct for all kinds of colour vision; further values begin again at 1."""
+
+
 def write_image(
-    image: MetaTensor, path: str | os.PathLike[str], dtype: type = np.uint8, columns_first: bool = False
+    image: MetaTensor,
+    path: str | os.PathLike[str],
+    dtype: type = np.uint8,
+    columns_first: bool = False,
+    palette: bool = False,
 ) -> None:
     """Write an image: NIfTI (same affine) if its file was NIfTI, otherwise PNG.
 
@@ -56,6 +83,7 @@ def write_image(
         path: the file, with the extension of the format.
         dtype: data type of a NIfTI file; PNG is 8-bit.
         columns_first: whether photographs were read columns first.
+        palette: whether a PNG shows its values in colours; they stay the same values.
     """
     if is_nifti(image):
         # a file with one slice (H, W, 1) was flattened for a 2D network; its last axis is restored
@@ -70,6 +98,12 @@ def write_image(
         png.set_data_array(image)
         png.set_metadata(image.meta, resample=False)
         png.write(path, reverse_indexing=columns_first)
+        if palette:
+            colours = PALETTE[[0, *(1 + value % (len(PALETTE) - 1) for value in range(255))]]
+            with Image.open(path) as plain:
+                coloured = plain.convert("L")
+            coloured.putpalette(colours.tobytes())
+            coloured.save(path, format="PNG")
 
 
 def draw_label_map(masks: AnyTensor, values: Sequence[int]) -> AnyTensor:
@@ -144,6 +178,7 @@ class SaveMaskd(MapTransform):
         output_dir: folder to write to; it must be writable.
         values: value of each channel's structure in the file; later channels override earlier ones.
         reverse_indexing: whether photographs were read columns first, as MONAI's ``PILReader`` does by default.
+        palette: whether PNG files show their values in colours; a reader of palettes' indices gets the same values.
 
     Raises:
         FileExistsError: when called, if a file stands there that no run wrote.
@@ -157,9 +192,10 @@ class SaveMaskd(MapTransform):
         output_dir: str | os.PathLike[str],
         values: Sequence[int] = (1,),
         reverse_indexing: bool = False,
+        palette: bool = False,
     ) -> None:
         super().__init__(keys)
-        self.reverse_indexing = reverse_indexing
+        self.reverse_indexing, self.palette = reverse_indexing, palette
         self.folder = OutputFolder(output_dir)
         self.values = values
         self.folder.prepare()
@@ -169,7 +205,7 @@ class SaveMaskd(MapTransform):
         for key in self.keys:
             drawn = draw_label_map(data[key], self.values)
             with self.folder.writing(output_name(data, data[key])) as part:
-                write_image(drawn, part, columns_first=self.reverse_indexing)
+                write_image(drawn, part, columns_first=self.reverse_indexing, palette=self.palette)
         return dict(data)
 
 
@@ -201,6 +237,86 @@ class AddUncertaintyd(Transform):
         if maps is None:
             raise RuntimeError("there is no uncertainty map: predict the image with this inferer first")
         return {**data, self.key: MetaTensor(maps[0]).copy_meta_from(data[self.prediction])}
+
+
+class AddUnadaptedd(Transform):
+    """Add the logits without adaptation (K, \\*spatial) of a prediction to the data.
+
+    Args:
+        inferer: the inferer of the prediction, with ``side_by_side``.
+        prediction: key of the latest prediction, not transformed yet; the logits get its metadata.
+        key: key of the logits without adaptation.
+
+    Raises:
+        ValueError: at construction, if the inferer predicts only with adaptation.
+        RuntimeError: when called, if the inferer has not predicted an image yet.
+    """
+
+    def __init__(self, inferer: AdaptiveInferer, prediction: str = "pred", key: str = UNADAPTED) -> None:
+        if not inferer.side_by_side:
+            raise ValueError("the inferer predicts only with adaptation: give it side_by_side=True")
+        self.inferer, self.prediction, self.key = inferer, prediction, key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the logits."""
+        logits = self.inferer.method.unadapted
+        if logits is None:
+            raise RuntimeError("there is no prediction without adaptation: predict the image with this inferer first")
+        return {**data, self.key: MetaTensor(logits[0]).copy_meta_from(data[self.prediction])}
+
+
+class EstimateQualityd(MapTransform):
+    """Add ``quality``, for each class the Dice to expect of the mask, without a label.
+
+    See :func:`mgipt_monai.metrics.expected_dice` for what it is. With ``calibration``, the line through the Dice of
+    labelled images, it is an estimate of the Dice; without, it is a score that says which masks to look at first.
+
+    Args:
+        keys: the map of probabilities (channels, \\*spatial), one key.
+        head: ``sigmoid``, each channel a structure, or ``softmax``, where channel 0 is background and gets no quality.
+        calibration: intercept and slope for each structure, as commissioning writes them; None leaves the score.
+        result: key of a dict, such as MONAI Label's response, that gets the ``quality`` too; None: none.
+
+    Raises:
+        ValueError: at construction, for several keys or an unknown head; when called, if there are not as many lines as
+            structures.
+
+    Example:
+        >>> EstimateQualityd("pred")({"pred": torch.tensor([[[0.75, 0.75, 0.0]]])})["quality"]
+        [0.8571428571428571]
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        head: Head = "sigmoid",
+        calibration: Sequence[Sequence[float]] | None = None,
+        result: str | None = None,
+    ) -> None:
+        super().__init__(keys)
+        if len(self.keys) != 1:
+            raise ValueError(f"the quality is that of one prediction, got the keys {', '.join(map(str, self.keys))}")
+        check_head(head)
+        self.head, self.calibration, self.result = head, calibration, result
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the quality."""
+        likely = convert_to_tensor(data[self.keys[0]], track_meta=False).clamp(0, 1)  # interpolation may leave [0, 1]
+        if self.head == "sigmoid":
+            masks = likely > 0.5
+        else:
+            masks = functional.one_hot(likely.argmax(dim=0), len(likely)).movedim(-1, 0)[1:]
+            likely = likely[1:]
+        quality = expected_dice(likely, masks)
+        if self.calibration is not None:
+            if len(self.calibration) != len(quality):
+                raise ValueError(f"the calibration has {len(self.calibration)} lines for {len(quality)} structures")
+            lines = zip(quality, self.calibration, strict=True)
+            quality = [min(1.0, max(0.0, start + slope * value)) for value, (start, slope) in lines]
+        found = {**data, "quality": quality}
+        if self.result is not None:
+            found[self.result] = {**data.get(self.result, {}), "quality": quality}
+        return found
 
 
 class SaveUncertaintyd(MapTransform):

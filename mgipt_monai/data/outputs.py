@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 from monai.utils import ensure_tuple
 
+from mgipt_monai.utils.files import load_state
 from mgipt_monai.utils.outputs import OutputFolder, check_apart, check_output_name, normal_name
 
 __all__ = ["MASK_ENDINGS", "UNCERTAINTY", "check_names", "check_outputs"]
@@ -28,8 +32,11 @@ def check_outputs(
     masks: bool = True,
     uncertainty: bool = False,
     resume: bool = False,
+    overwrite: bool = False,
 ) -> Sequence[dict[str, Any]]:
     """Return the items of a stream unchanged, if a run can write its outputs without harm to any other file.
+
+    In a ``torch.distributed`` process group each process must call it, and waits for the others.
 
     Args:
         items: items of :func:`mgipt_monai.find_stream` or :func:`mgipt_monai.order_stream`.
@@ -39,11 +46,13 @@ def check_outputs(
         masks: whether it writes a mask for each item.
         uncertainty: whether it also writes an uncertainty map for each item.
         resume: whether it continues an earlier run, whose masks are not looked at.
+        overwrite: whether it takes the place of an earlier run.
 
     Raises:
-        FileExistsError: if a file stands where the run would write, and no run wrote it; the message names it.
-        ValueError: if the output folder overlaps with a folder of images or labels, also through links, or two outputs
-            would have the same name.
+        FileExistsError: if a file stands where the run would write, and no run wrote it, or an earlier run has results
+            there and this one neither resumes nor overwrites; the message names it.
+        ValueError: for both ``resume`` and ``overwrite``; if the output folder overlaps with a folder of images or
+            labels, also through links, or two outputs would have the same name.
 
     Example:
         >>> import tempfile
@@ -54,6 +63,8 @@ def check_outputs(
         Traceback (most recent call last):
         ValueError: the output folder ... is the folder ... of the images, which could be overwritten ...
     """
+    if resume and overwrite:
+        raise ValueError("resume continues the earlier run, overwrite replaces it: set only one of them")
     searched = [] if source is None else list(_folder_of(os.fspath(source)))
     check_apart(output_dir, [*searched, *dict.fromkeys(_folders(items))])
     endings = ["", UNCERTAINTY] if uncertainty else [""]
@@ -61,13 +72,52 @@ def check_outputs(
     folder = OutputFolder(output_dir)
     folder.prepare()
     folder.claim(*files)
+    # a stream that has begun has a record file, and then only what is recorded is a result
+    has_begun = any(name.endswith(".jsonl") and (folder.path / name).exists() for name in files)
+    if not resume and not overwrite:
+        _check_unused(folder.path, files)
     if masks:
         for name in dict.fromkeys(f"{os.path.dirname(item['name'])}/mask".lstrip("/") for item in items):
             folder.file(name)  # no link leads elsewhere
     for name in (f"{item['name']}{end}{kind}" for item in items for end in endings for kind in MASK_ENDINGS):
         if masks and not resume and os.path.lexists(folder.path / name):
             folder.check(name)
+            if not overwrite and not has_begun:
+                raise _has_results(folder.path, f"the mask {name}")
+    idist.barrier()  # before one writes what another would take for an earlier run's
     return items
+
+
+def _check_unused(folder: Path, files: Sequence[str]) -> None:
+    """Raise FileExistsError if one of the files holds records of images, or the state after some."""
+    for name in files:
+        if name.endswith(".jsonl") and (folder / name).is_file():
+            lines = [line for line in (folder / name).read_bytes().split(b"\n")[:-1] if line]
+            if lines:
+                raise _has_results(folder, ", ".join([_images(len(lines)), *_day(lines[-1])]))
+    for name in files:
+        if name.startswith("adaptation_state") and name.endswith(".pt"):
+            with suppress(FileNotFoundError, ValueError):
+                if position := load_state(folder / name).get("position"):
+                    raise _has_results(folder, f"a state after {_images(position)}")
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'' if count == 1 else 's'}"
+
+
+def _day(line: bytes) -> list[str]:
+    with suppress(ValueError, AttributeError):
+        if isinstance(time := json.loads(line).get("time"), str):
+            return [time[:10]]
+    return []  # a damaged line, which has an end all the same
+
+
+def _has_results(folder: Path, what: str) -> FileExistsError:
+    return FileExistsError(
+        f"{folder} has the results of an earlier run ({what}): --resume True continues it, --overwrite True replaces "
+        "it, or give another folder"
+    )
 
 
 def _folders(items: Iterable[Mapping[str, Any]]) -> Iterable[str]:

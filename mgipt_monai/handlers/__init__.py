@@ -10,6 +10,7 @@ from .average_prompts import AveragePromptsHandler
 from .evaluators import network_of
 from .peak_memory import PeakMemoryHandler
 from .resumable_training import ResumableTrainingHandler
+from .tracking import StreamMLFlowHandler
 from .work_ahead import WorkAheadHandler
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PeakMemoryHandler",
     "ResumableTrainingHandler",
     "SourceStatisticsHandler",
+    "StreamMLFlowHandler",
     "TestTimeAdaptationHandler",
     "WorkAheadHandler",
     "network_of",

@@ -7,7 +7,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from monai.data import MetaTensor
@@ -36,11 +36,13 @@ class Prediction(NamedTuple):
         logits: (1, K, \\*spatial).
         record: plain values: what was done, and what it cost (``forwards`` and ``backwards``).
         uncertainty: where the views of the image disagree, (1, 1, \\*spatial) in [0, 1]; None with a single view.
+        unadapted: logits of the network alone, of the same shape, if the method computes them anyway.
     """
 
     logits: Tensor
     record: dict[str, Any]
     uncertainty: Tensor | None = None
+    unadapted: Tensor | None = None
 
 
 class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
@@ -69,7 +71,13 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
         uncertainty: where the views of the latest call's images disagreed, (B, 1, \\*spatial) in [0, 1], see
             :func:`mgipt_monai.networks.disagreement`; None before the first call, after a failed one, after ``reset``,
             and for methods without ``has_uncertainty``. It is never saved.
+        side_by_side: whether a call also predicts without adaptation, see :meth:`compare`.
+        unadapted: the logits without adaptation of the latest call, (B, K, \\*spatial); None in the same cases as the
+            uncertainty, and unless ``side_by_side``.
     """
+
+    side_by_side: bool = False
+    unadapted: Tensor | None = None
 
     aligned_layers: str | None = None
     """Regular expression on the names of the norm layers that the method uses; None: all."""
@@ -143,6 +151,16 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
             )
         self.route.change(inferer, windows)
 
+    def compare(self, on: bool = True) -> None:
+        """Also predict each image without adaptation from now on, into ``unadapted``.
+
+        It costs 1 F per image, unless the method makes this prediction anyway (site correction, a guard). The record's
+        ``forwards`` and a limit on them include it. Predictions and state stay bit-identical, except where a limit
+        leaves less to the method.
+        """
+        self.side_by_side = on
+        self.reserve(int(on))
+
     def forward(self, image: Tensor) -> Tensor:
         """Adapt to each image, then predict it.
 
@@ -161,7 +179,7 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
 
     def _adapt_to_each(self, image: Tensor) -> Tensor:
         plain = image.as_tensor() if isinstance(image, MetaTensor) else image
-        self.uncertainty = None
+        self.uncertainty = self.unadapted = None
         check_image(plain)
         self.last = []
         done: list[Prediction] = []
@@ -179,12 +197,18 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
                 prediction = self._adapt_and_predict(one)
                 if not torch.isfinite(prediction.logits).all():
                     raise ValueError("the prediction is not finite: check the network's weights")
+                if self.side_by_side and prediction.unadapted is None:
+                    unadapted, forwards = self._predict_unadapted(one)
+                    record = {**prediction.record, "forwards": prediction.record["forwards"] + forwards}
+                    prediction = prediction._replace(unadapted=unadapted, record=record)
                 done.append(prediction)
                 records.append({"index": self.images_seen, **prediction.record, **self._state_record()})
                 self.images_seen += 1
         self.last = records
         maps = [prediction.uncertainty for prediction in done if prediction.uncertainty is not None]
         self.uncertainty = torch.cat(maps) if maps else None
+        if self.side_by_side:
+            self.unadapted = torch.cat([cast(Tensor, prediction.unadapted).detach() for prediction in done])
         result = torch.cat([prediction.logits.detach() for prediction in done])
         if isinstance(image, MetaTensor):
             result = MetaTensor(result).copy_meta_from(image, keys=image.__dict__.keys())
@@ -247,7 +271,7 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
         """Forget the stream: the next image is the first of a new one."""
         self.images_seen = 0
         self.last = []
-        self.uncertainty = None
+        self.uncertainty = self.unadapted = None
         self._reset()
         with network_turn(self.network):
             # the network's weights may have changed since it was bound
@@ -320,6 +344,18 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
     @abstractmethod
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
         """Adapt to one image (1, C, \\*spatial) and predict it."""
+
+    def _predict_unadapted(self, image: Tensor) -> tuple[Tensor, int]:
+        """Return the logits (1, K, \\*spatial) of the network alone, and the number of forwards."""
+        forwards = 0
+
+        def run(images: Tensor) -> Tensor:
+            nonlocal forwards
+            forwards += len(images)
+            return self.route.run(self.network, images)
+
+        with torch.no_grad():
+            return self.route.inferer(image, run), forwards
 
     def _cost(self) -> dict[str, int]:
         """Return the ``forwards`` and ``backwards`` that the latest image has cost so far."""

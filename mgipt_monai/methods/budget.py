@@ -87,7 +87,7 @@ def plan(max_forwards: int, whole: Plan) -> Plan:
     """
     least = replace(whole, instance_sizes=(), global_sizes=()).cost
     if not is_whole(max_forwards) or max_forwards < least:
-        guard = " and one for the guard" if whole.guarded else ""
+        guard = " and one without adaptation" if whole.guarded else ""
         raise ValueError(
             f"max_forwards must be a whole number of at least {least} (one for the calibrated prediction{guard}), "
             f"got {max_forwards!r}"

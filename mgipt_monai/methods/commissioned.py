@@ -181,7 +181,8 @@ class Commissioned(WrappedMethod):
         if self.monitor is not None:
             is_fixed = not self._site.start
             record["monitor"] = self.monitor.observe(monitored(image, logits if is_fixed else None, self._head))
-        return Prediction(logits, record, prediction.uncertainty)
+        is_plain = not {"prompts", "norms"} & set(self.corrected_parts)  # then the method has the network as it came
+        return Prediction(logits, record, prediction.uncertainty, prediction.unadapted if is_plain else None)
 
     @property
     def corrected_parts(self) -> list[str]:

@@ -278,9 +278,9 @@ class MGIPT(Remembering):
         return {"forwards": self.norms.forwards, "backwards": self._backwards}
 
     def _state_record(self) -> dict[str, Any]:
-        distances = [(teacher - 1).norm().item() for teacher in self.global_prompts.teachers]
-        dropped = {} if self.max_forwards is None else {"dropped": self._dropped}
-        return {"prompt_norm": math.hypot(*distances), **dropped}
+        norm = math.hypot(*[(teacher - 1).norm().item() for teacher in self.global_prompts.teachers])
+        record = {**super()._state_record(), "prompt_norm": norm}
+        return record if self.max_forwards is None else {**record, "dropped": self._dropped}
 
     def _bound(self) -> None:
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics, self.route)

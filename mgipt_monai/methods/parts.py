@@ -13,7 +13,7 @@ from mgipt_monai.networks.alignment.windows import Output
 
 __all__ = ["TakesOutput", "build_part", "plain_settings"]
 
-NOT_SETTINGS = {"network", "training", "images_seen", "last", "uncertainty"}
+NOT_SETTINGS = {"network", "training", "images_seen", "last", "uncertainty", "unadapted", "side_by_side"}
 
 Part = TypeVar("Part")
 

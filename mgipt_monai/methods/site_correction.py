@@ -100,7 +100,7 @@ class SiteCorrection(Remembering):
         uncertainty, mean = disagreement(torch.cat([source, corrected, own]), self.head)
         site.end()
         record = {"evidence": evidence, "adapted_weight": weight, "disagreement": mean}
-        return Prediction(fused, {**record, **self._cost()}, uncertainty)
+        return Prediction(fused, {**record, **self._cost()}, uncertainty, source)
 
     def source_norms(self) -> AlignedNorms:
         """Return the norm layers that are corrected."""

@@ -135,6 +135,11 @@ class SiteMemory(nn.Module):
         self._add(signature)
         return found
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the latest image was unlike those that the stream began with, at a site of few images so far."""
+        return len(self._sites) > 1 and self._sites[0].count < self.warm_up
+
     def _find(self, signature: Tensor) -> tuple[_Site, float]:
         """Return the nearest site and its distance; in the warm-up that is the only one."""
         best = max(self._sites, key=lambda site: min(site.count, SETTLED))
@@ -230,6 +235,9 @@ class Remembering(AdaptationMethod):
         learnt = self.memory.visit(norms.signature, self._learnt)
         if learnt is not None:
             self._load_learnt(learnt)
+
+    def _state_record(self) -> dict[str, Any]:
+        return {} if self.memory is None else {"elsewhere": self.memory.is_elsewhere}
 
     def _reset(self) -> None:
         if self.memory is not None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
@@ -28,13 +27,5 @@ class Source(AdaptationMethod):
     takes_windows = True
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
-        forwards = 0
-
-        def run(images: Tensor) -> Tensor:
-            nonlocal forwards
-            forwards += len(images)
-            return self.route.run(self.network, images)
-
-        with torch.no_grad():
-            logits = self.route.inferer(image, run)
-        return Prediction(logits, {"forwards": forwards, "backwards": 0})
+        logits, forwards = self._predict_unadapted(image)
+        return Prediction(logits, {"forwards": forwards, "backwards": 0}, unadapted=logits)

@@ -37,7 +37,7 @@ class WrappedMethod(AdaptationMethod):
     def reset(self) -> None:
         """Forget the stream."""
         self.method.reset()
-        self.last, self.uncertainty = [], None
+        self.last, self.uncertainty, self.unadapted = [], None, None
 
     def _state_record(self) -> dict[str, Any]:
         return self.method._state_record()
@@ -49,6 +49,10 @@ class WrappedMethod(AdaptationMethod):
     def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
         """Run the network through an inferer from now on, see :class:`AdaptationMethod`."""
         self.method.predict_through(inferer, windows)
+
+    def reserve(self, forwards: int) -> None:
+        """Reserve additional forwards per image within the wrapped method's limit."""
+        self.method.reserve(forwards)
 
     def prompt_maps(self) -> dict[str, Tensor]:
         """Return the wrapped method's prompts."""

@@ -13,8 +13,9 @@ from typing import Any
 
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.stream.images import StreamImages, site_of
-from mgipt_monai.stream.records import AuditTrail, Identifiers, in_words
+from mgipt_monai.stream.records import AuditTrail, Identifiers
 from mgipt_monai.stream.state_file import StreamFile
+from mgipt_monai.stream.terminal import in_words
 from mgipt_monai.utils.files import file_names, root_cause
 from mgipt_monai.utils.machine import out_of_memory
 from mgipt_monai.utils.outputs import WatchedFolders
@@ -240,7 +241,7 @@ class StreamProgress:
         if self.attempts is None or deaths < self.attempts or self._position >= self._images.count():
             return []
         rows = self._images.failures(self._position, deaths)
-        self._write(rows, logging.ERROR)
+        self._write(rows)
         site = rows[-1]["site"] or self._site
         if self.reset_at_site and self._site is not None and site != self._site:
             self._method.reset()
@@ -279,7 +280,7 @@ class StreamProgress:
     def done(self, rows: Sequence[dict[str, Any]]) -> None:
         """Keep the records of the images of a batch, and the state after them."""
         self._folders.check()
-        self._write([self._named(row, place) for place, row in enumerate(rows)], logging.INFO)
+        self._write([self._named(row, place) for place, row in enumerate(rows)])
         self._wrote = True
         self._image.close()
         before = self._position
@@ -355,9 +356,10 @@ class StreamProgress:
         file = self._names[place] if place < len(self._names) else self._images.file(self._position + place)
         return {**row, "name": file or str(row.get("index", self._position + place))}
 
-    def _write(self, rows: Sequence[dict[str, Any]], level: int) -> None:
+    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Log and record the images from the current position on."""
         for position, row in enumerate(rows, start=self._position):
+            level = logging.INFO if row["status"] == "ok" else logging.ERROR
             logger.log(level, "image %d: %s", position + 1, in_words(row))
             if self.records is not None:
                 named = {**row, **self._images.source(position)}

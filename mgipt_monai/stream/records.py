@@ -26,7 +26,6 @@ __all__ = [
     "check_identifiers",
     "check_metrics",
     "hidden_name",
-    "in_words",
     "is_number",
     "json_types",
 ]
@@ -205,24 +204,6 @@ def check_metrics(metrics: Any) -> None:
 def is_number(value: Any) -> bool:
     """Whether a JSON value is a number that can be computed with, so no truth value and not of hundreds of digits."""
     return not isinstance(value, bool) and isinstance(value, (int, float)) and not abs(value) > LARGEST
-
-
-def in_words(row: dict[str, Any]) -> str:
-    """Describe one record in a line for the log.
-
-    Example:
-        >>> in_words({"name": "A/eye", "status": "ok", "seconds": 0.5, "forwards": 25, "backwards": 17})
-        'A/eye, 42 F, 0.50 s'
-    """
-    if row["status"] != "ok":
-        return f"{row['name']} failed: {row['reason']}"
-    words = [row["name"]]
-    if row.get("instance_size"):
-        words.append(f"size {row['instance_size']}, loss {row['loss_before']:.4g} -> {row['loss_after']:.4g}")
-    if row.get("decision") == "unadapted":
-        words.append(f"unadapted: {row['reasons'][0]}")
-    words.append(f"{row.get('forwards', 0) + row.get('backwards', 0)} F")
-    return ", ".join([*words, f"{row['seconds']:.2f} s"])
 
 
 def json_types(value: Any) -> Any:

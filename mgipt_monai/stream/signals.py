@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["StoppedError", "stopping_cleanly"]
+__all__ = ["StoppedError", "stopping_at_once", "stopping_cleanly"]
 
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -56,3 +56,23 @@ def stopping_cleanly() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the process in the block as the system does, within :func:`stopping_cleanly` too.
+
+    For where the process waits in a library that does not return to Python, so that nothing else could stop it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    taken = {number: signal.getsignal(number) for number in SIGNALS}
+    own = {number: handler for number, handler in taken.items() if getattr(handler, "__module__", "") == __name__}
+    for number in own:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in own.items():
+            signal.signal(number, handler)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mgipt_monai.benchmark.results import summarise, timing, write_images_csv
-from mgipt_monai.benchmark.statistics import interval, per_case, wilcoxon
 from mgipt_monai.report.folder import SCHEMA, SCHEMA_VERSION
 from mgipt_monai.stream.summary import worst_tenth
+from mgipt_monai.utils.statistics import interval, per_case, wilcoxon
 
 
 def rows(scores: dict[str, float | None], rounds: int = 1, **more: object) -> list[dict]:

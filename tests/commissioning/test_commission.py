@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import nn
 
 from mgipt_monai import MGIPT, SiteCorrection, Source, commission
-from mgipt_monai.commissioning import Commissioning, audit
+from mgipt_monai.commissioning import Commissioning, audit, commission_site
 from mgipt_monai.commissioning.correctors import (
     OFFSETS,
     dice_at_offsets,
@@ -266,12 +268,24 @@ def test_labels_and_images_that_cannot_be_right_are_named(cases: list[dict[str, 
         ({"max_harm": 2}, "max_harm must be in"),
         ({"tolerated_loss": -1}, "tolerated_loss must be in"),
         ({"head": "tanh"}, "head must be one of"),
+        ({"bound": "hope"}, "bound must be one of student, betting; got 'hope'"),
+        ({"boundary": -1}, "boundary must not be negative, got -1"),
         ({"class_names": ["disc"]}, "class_names are"),
     ],
 )
 def test_wrong_settings_fail_before_any_work(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         commission(segmenter(), site(5), **settings)
+
+
+@pytest.mark.parametrize("settings", [{"confidence": 1.5}, {"candidates": ["other"]}, {"bound": "hope"}], ids=str)
+def test_wrong_settings_of_a_site_fail_before_an_image_is_read(settings: dict[str, Any], tmp_path: Path) -> None:
+    def dataset() -> Iterator[dict]:
+        raise AssertionError("an image was read")
+        yield {}
+
+    with pytest.raises(ValueError, match=next(iter(settings)).removesuffix("s")):
+        commission_site(segmenter(), dataset(), [{"name": "eye"}], tmp_path, **settings)
 
 
 def test_bases_that_do_not_fit_the_network_are_left_out_with_the_reason() -> None:

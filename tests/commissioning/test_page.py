@@ -19,7 +19,8 @@ from PIL import Image
 from torch import nn
 
 from mgipt_monai.commissioning import Commissioning, commission
-from mgipt_monai.commissioning.page import commissioning_page, contour_picture
+from mgipt_monai.commissioning.page import commissioning_page
+from mgipt_monai.report.overlays import contour_picture
 
 Labelled = list[dict[str, Any]]
 VOID = {"meta", "img", "br", "path"}

@@ -88,7 +88,7 @@ def test_parts_that_are_given_stay_as_they_are() -> None:
     ("budget", "guard", "message"),
     [
         (0, None, r"at least 1 \(one for the calibrated prediction\), got 0"),
-        (1, Guard(), r"at least 2 \(.* and one for the guard\), got 1"),
+        (1, Guard(), r"at least 2 \(.* and one without adaptation\), got 1"),
         (30.5, None, "whole number of .*, got 30.5"),
         (True, None, "got True"),
     ],

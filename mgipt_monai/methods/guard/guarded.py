@@ -87,7 +87,7 @@ class Guarded(WrappedMethod):
             "reasons": verdict.reasons,
             "signals": signals,
         }
-        return Prediction(adapted.logits if verdict.accept else unadapted, record, adapted.uncertainty)
+        return Prediction(adapted.logits if verdict.accept else unadapted, record, adapted.uncertainty, unadapted)
 
     def _not_finite(self, unadapted: Tensor) -> Prediction:
         logits, record = torch.full_like(unadapted, torch.nan), self.method._cost()
@@ -105,6 +105,9 @@ class Guarded(WrappedMethod):
             "area_change": area_change(binarize(adapted.logits, self._head), binarize(unadapted, self._head)),
             **self.method.signals(adapted.record),
         }
+
+    def reserve(self, forwards: int) -> None:
+        """Do nothing: the guard's own prediction without adaptation is within the limit already."""
 
     def adapted_input(self, image: Tensor) -> Tensor:
         """Return the latest image as passed to the network; unchanged if the unadapted prediction was returned."""
