@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mgipt_monai import MGIPT
 from mgipt_monai.networks import InstancePrompt
-from mgipt_monai.report.charts import MAIN, plain_axes
+from mgipt_monai.report.styles import MAIN, plain_axes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from soak import resident_memory

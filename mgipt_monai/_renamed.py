@@ -91,7 +91,7 @@ MODULES = {
     "pseudonyms": "stream.pseudonyms",
     "records": "stream.records",
     "report.alerts": "report.record_summary",
-    "report.chart_style": "report.charts",
+    "report.chart_style": "report.styles",
     "report.chosen": "report.examples",
     "report.comparison": "benchmark.comparison",
     "report.formats": "report.tables",

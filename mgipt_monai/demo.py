@@ -92,16 +92,16 @@ def _table(source: dict[str, dict], adapted: dict[str, dict]) -> str:
 
 
 def _examples(source: dict[str, dict], adapted: dict[str, dict]) -> list[Example]:
-    """Per camera the image of median gain and the one of the largest gain."""
+    """Per camera the images of the best, the median and the worst change."""
     examples = []
     for camera in UNSEEN:
         names = [name for name, record in source.items() if record["site"] == camera]
         names.sort(key=lambda name: _dsc(adapted[name]) - _dsc(source[name]))
-        for what, name in (("median gain", names[len(names) // 2]), ("largest gain", names[-1])):
+        for what, name in (("best", names[-1]), ("median", names[len(names) // 2]), ("worst", names[0])):
             one, other = source[name], adapted[name]
             examples.append(
                 Example(
-                    f"{camera}, {what}",
+                    f"{camera}, {what} change",
                     other["image"],
                     other["adapted_image"],
                     one["label"],
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     adapted = run_method(options.bundle, [], sites, options.folder / "mgipt")
 
     figure = options.folder / "demo.png"
-    draw_examples(_examples(source, adapted), figure, columns=2)
+    draw_examples(_examples(source, adapted), figure, columns=3)
     print(f"\n{_table(source, adapted)}\n\nfigure: {figure}\nmasks, records: {options.folder / 'mgipt'}")
 
 

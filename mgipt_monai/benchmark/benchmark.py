@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ignite.engine import Events
+from torch import nn
 
 from mgipt_monai.engines import StreamFailedError, StreamingAdaptationEvaluator
 from mgipt_monai.handlers import PeakMemoryHandler, TestTimeAdaptationHandler
@@ -57,6 +59,7 @@ class Benchmark:
             :class:`mgipt_monai.stream.records.AuditTrail`; the key is ``records.key`` in ``output_dir``.
         settings: plain settings of the stream that a resumed run must share (seed, order, rounds, ...). ``seed`` is
             that of the bootstrap; ``reset_at_site`` is passed to each :class:`TestTimeAdaptationHandler`.
+        about: what the report's title names beside the network, such as ``data`` and ``weights``; texts.
 
     Raises:
         ValueError: at construction, if there is no method or ``compare`` has an unknown name.
@@ -71,6 +74,7 @@ class Benchmark:
         resume: bool = True,
         settings: Mapping[str, Any] | None = None,
         identifiers: Identifiers = "names",
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         unknown = [name for name in compare or [] if name not in methods]
         if not methods:
@@ -81,6 +85,8 @@ class Benchmark:
         self.evaluator, self.folder, self.resume = evaluator, OutputFolder(output_dir), resume
         self.settings = {"seed": 0, "order": "sites", "rounds": 1, "reset_at_site": False, **(settings or {})}
         self.identifiers = check_identifiers(identifiers)
+        self.about = {key: str(value) for key, value in (about or {}).items()}
+        self.unit: str | None = None
 
     def run(self) -> dict[str, Any]:
         """Run what has not been run yet, and return the content of ``results.json``.
@@ -97,14 +103,19 @@ class Benchmark:
         self.folder.claim(*FILES, *(f"{name}/{file}" for name in self.methods for file in METHOD_FILES))
         settings: dict[str, Any] = {}
         prompts: dict[str, Any] = {}
-        baseline, weights = None, ""
+        lines: dict[str, str] = {}
+        baseline, weights, about = None, "", self.about
         for name in self.methods:
             method = self._build(name)
             settings[name], weights = method.settings(), fingerprint(method.network)
+            lines[name], about = self._line(name, method), {**self.about, "network": described(method.network)}
             self._run(name, method, {**self.settings, "weights": weights, "method": settings[name]})
             prompts[name] = {side: prompt.tolist() for side, prompt in method.prompt_maps().items()}
             baseline = name if baseline is None and isinstance(method, Source) else baseline
-        results = self._write({**self.settings, "weights": weights, "methods": settings}, prompts, baseline)
+        results = self._write({**self.settings, "weights": weights, "methods": settings}, baseline, about)
+        for name, method in results["methods"].items():
+            method |= {"prompts": prompts[name], "about": lines[name]}
+        self._write_json("results.json", results)
         logger.info("report: %s", write_report(self.folder.path))
         return results
 
@@ -142,6 +153,7 @@ class Benchmark:
                 keeps,
             ],
         )
+        self.unit = self.unit or unit_of_distances(evaluator.data_loader)
         # with the first image, as the handler replaces the records of an earlier run
         evaluator.add_event_handler(
             Events.ITERATION_STARTED(once=1), lambda: self._write_json(f"{name}/settings.json", wanted)
@@ -165,13 +177,16 @@ class Benchmark:
                 )
         return wanted
 
-    def _write(self, settings: dict[str, Any], prompts: dict[str, Any], baseline: str | None) -> dict[str, Any]:
+    def _line(self, name: str, method: AdaptationMethod) -> str:
+        """Return the first line of the documentation of what builds a method, such as ``MGIPT.released``."""
+        builder = getattr(self.methods[name], "func", None)  # of a config: a partial function of the class
+        named = builder if inspect.isclass(builder) or inspect.ismethod(builder) else type(method)
+        return (inspect.getdoc(named) or "").partition("\n")[0]
+
+    def _write(self, settings: dict[str, Any], baseline: str | None, about: dict[str, str]) -> dict[str, Any]:
         runs = {name: RecordFile(self.folder.path / name / "records.jsonl").read() for name in self.methods}
-        figures = summarise(runs, baseline, self.settings["seed"])
-        results = {"schema": SCHEMA, "version": SCHEMA_VERSION, "settings": settings, **figures}
-        for name, method in results["methods"].items():
-            method["prompts"] = prompts[name]
-        self._write_json("results.json", results)
+        figures = summarise(runs, baseline, self.settings["seed"], self.unit)
+        results = {"schema": SCHEMA, "version": SCHEMA_VERSION, "about": about, "settings": settings, **figures}
         self._write_json("timing.json", timing(runs))
         write_images_csv(runs, self.folder.file("images.csv"))
         return results
@@ -179,3 +194,30 @@ class Benchmark:
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
         with self.folder.writing(name) as part:
             part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def described(network: nn.Module) -> str:
+    """Return a network's class and size.
+
+    Example:
+        >>> described(nn.Conv2d(3, 2, 1))
+        'Conv2d, 8 parameters'
+    """
+    return f"{type(network).__name__}, {sum(parameter.numel() for parameter in network.parameters()):,} parameters"
+
+
+def unit_of_distances(loader: Any) -> str | None:
+    """Return the unit of distances between the masks of a stream: pixels, mm for NIfTI; None if it is not known.
+
+    Example:
+        >>> from monai.data import DataLoader, Dataset
+        >>> unit_of_distances(DataLoader(Dataset([{"label": "eye.png"}])))
+        'pixels'
+    """
+    items = getattr(getattr(loader, "dataset", None), "data", None) or ()
+    paths = [item.get("label") if isinstance(item, Mapping) else None for item in items]
+    names = [os.fspath(path).lower() for path in paths if isinstance(path, (str, os.PathLike))]
+    if len(names) < len(paths):
+        return None
+    volumes = {name.endswith((".nii", ".nii.gz")) for name in names}
+    return None if len(volumes) != 1 else "mm" if volumes.pop() else "pixels"

@@ -22,9 +22,10 @@ from mgipt_monai.utils.statistics import interval, per_case, shares, wilcoxon
 __all__ = ["METRICS", "metric_info", "summarise", "timing", "write_images_csv"]
 
 DISTANCES = ("hd95", "asd")
+UNKNOWN_UNIT = "mm or pixels"
 METRICS = {
     **{name: {"better": "higher", "percent": True, "unit": ""} for name in ("dsc", "e_max", "s")},
-    **{name: {"better": "lower", "percent": False, "unit": "mm or pixels"} for name in DISTANCES},
+    **{name: {"better": "lower", "percent": False, "unit": UNKNOWN_UNIT} for name in DISTANCES},
 }
 """How to interpret the known metrics; any other is taken to be in [0, 1] with higher values better."""
 
@@ -33,7 +34,9 @@ PLAIN = ("name", "site", "round", "method", "status", "reason", "seconds", "peak
 Rows = Sequence[Mapping[str, Any]]
 
 
-def summarise(runs: Mapping[str, Rows], baseline: str | None = None, seed: int = 0) -> dict[str, Any]:
+def summarise(
+    runs: Mapping[str, Rows], baseline: str | None = None, seed: int = 0, unit: str | None = None
+) -> dict[str, Any]:
     """Compare methods that ran over the same stream.
 
     An image that failed with any method is excluded for all methods. From a single metric, an image is also
@@ -43,6 +46,7 @@ def summarise(runs: Mapping[str, Rows], baseline: str | None = None, seed: int =
         runs: method to its records (see :class:`mgipt_monai.RecordFile`).
         baseline: the method that the others are compared with; None for no comparison.
         seed: seed of the bootstrap.
+        unit: of distances, ``mm`` or ``pixels``; None if it is not known.
 
     Returns:
         ``stream``, ``baseline``, ``classes``, ``metrics`` and ``methods`` as documented for ``results.json``.
@@ -67,24 +71,26 @@ def summarise(runs: Mapping[str, Rows], baseline: str | None = None, seed: int =
     whole = next(iter(kept.values()))
     if not whole:
         raise ValueError("no image was processed by every method: see the failures in the records")
+    images = {image_of(row) for row in whole}
     metrics = list(dict.fromkeys(metric for row in whole for metric in row["metrics"]))
     tables = {metric: _defined(kept, metric) for metric in metrics}
     return {
         "stream": {
             "images": len(first),
             "measured": len(whole),
+            "measured_images": len(images),
             "rounds": max(row.get("round", 1) for row in first),
             "sites": list(dict.fromkeys(row["site"] for row in first)),
             "failed": failed,
         },
         "baseline": baseline,
         "classes": list(dict.fromkeys(c for row in whole for values in row["metrics"].values() for c in values)),
-        "metrics": {metric: metric_info(metric) for metric in metrics},
+        "metrics": {metric: metric_info(metric, unit) for metric in metrics},
         "methods": {
             name: {
                 "forwards": _mean(row.get("forwards", 0) for row in rows),
                 "backwards": _mean(row.get("backwards", 0) for row in rows),
-                "metrics": {m: _figures(tables[m][name], m, len(rows), seed) for m in metrics if tables[m][name]},
+                "metrics": {m: _figures(tables[m][name], m, len(images), seed) for m in metrics if tables[m][name]},
                 "against_baseline": _gains(tables, name, baseline, seed),
                 "instance_sizes": _sizes(rows),
             }
@@ -134,9 +140,10 @@ def write_images_csv(runs: Mapping[str, Rows], path: str | os.PathLike[str]) -> 
         write_csv(part, rows)
 
 
-def metric_info(metric: str) -> dict[str, Any]:
-    """Return the entry of :data:`METRICS` for a metric, known or not."""
-    return METRICS.get(metric, METRICS["dsc"])
+def metric_info(metric: str, unit: str | None = None) -> dict[str, Any]:
+    """Return the entry of :data:`METRICS` for a metric, known or not, with the unit of distances where it is known."""
+    info = METRICS.get(metric, METRICS["dsc"])
+    return {**info, "unit": unit} if unit and metric in DISTANCES else info
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -168,18 +175,18 @@ def _figures(rows: Rows, metric: str, images: int, seed: int) -> dict[str, Any]:
         here = [row["site"] == site for row in rows]
         of_site = [row for row, use in zip(rows, here, strict=True) if use]
         sites[site] = {
-            "images": len(of_site),
+            "images": len(of_images := per_case(values[here], [image_of(row) for row in of_site])),
             "mean": float(values[here].mean()),
-            "worst_tenth": worst_tenth(values[here], higher),
+            "worst_tenth": worst_tenth(of_images, higher),
             "classes": _classes(of_site, metric),
         }
     worsening = (rounds[0] - np.mean(rounds)) * (1 if higher else -1)
     return {
         "mean": float(values.mean()),
         "interval": interval(cases, seed),
-        "worst_tenth": worst_tenth(values, higher),
-        "images": len(rows),
-        "undefined": images - len(rows),
+        "worst_tenth": worst_tenth(cases, higher),
+        "images": len(cases),
+        "undefined": images - len(cases),
         "classes": _classes(rows, metric),
         "sites": sites,
         "rounds": rounds,
@@ -209,7 +216,7 @@ def _gains(tables: Mapping[str, Any], name: str, baseline: str | None, seed: int
             continue
         differences = _values(table[name], metric) - _values(table[baseline], metric)
         cases = per_case(differences, [image_of(row) for row in table[name]])
-        worse, better = shares(differences) if metric_info(metric)["percent"] else (None, None)
+        worse, better = shares(cases) if metric_info(metric)["percent"] else (None, None)
         gains[metric] = {
             "gain": float(differences.mean()),
             "interval": interval(cases, seed),

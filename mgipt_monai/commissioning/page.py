@@ -23,9 +23,9 @@ except ModuleNotFoundError as error:
 
 from mgipt_monai.commissioning.commission import Commissioning, Row
 from mgipt_monai.commissioning.trial import FOLDS, NOTHING, TRAINED
-from mgipt_monai.report.charts import as_svg, plain_axes
 from mgipt_monai.report.overlays import STYLES, contour_picture, fullest_plane
 from mgipt_monai.report.page import page_environment
+from mgipt_monai.report.styles import as_svg, plain_axes
 from mgipt_monai.utils.files import plain_text
 from mgipt_monai.utils.provenance import versions
 

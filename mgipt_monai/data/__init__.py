@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-from mgipt_monai.data.dataset import PhotographReader, check_declared_size
-
-from .dataset import StreamDataset
+from .dataset import StreamDataset, check_declared_size
 from .demo import CAMERAS, Camera, SiteCamerad
+from .dicom import DicomReader
 from .masks import AddUnadaptedd, AddUncertaintyd, EstimateQualityd, LabelMapd, SaveMaskd, SaveUncertaintyd
 from .order import order_stream, share_stream
 from .outputs import check_outputs
+from .photographs import PhotographReader
 from .streams import find_stream
 from .transforms import AdaptationResultd, CheckFiled, CheckImaged, LabelToChannelsd
 
@@ -21,6 +21,7 @@ __all__ = [
     "Camera",
     "CheckFiled",
     "CheckImaged",
+    "DicomReader",
     "EstimateQualityd",
     "LabelMapd",
     "LabelToChannelsd",

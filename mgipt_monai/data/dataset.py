@@ -1,53 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The images of a stream, read: sizes checked before decoding, photographs as shown, failures as items."""
+"""The images of a stream, read: sizes checked before decoding, failures as items."""
 
 from __future__ import annotations
 
 import errno
 import gzip
-import logging
 import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import IO, Any, cast
 
 import nibabel
-import numpy as np
-from monai.config import PathLike
-from monai.data import Dataset, PILReader
+from monai.data import Dataset
 from monai.utils import ensure_tuple
 from nibabel.spatialimages import HeaderDataError
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 
+from mgipt_monai.data.dicom import declared_shape, is_dicom
+from mgipt_monai.data.photographs import open_photograph
 from mgipt_monai.utils.files import root_cause, with_file_name
 from mgipt_monai.utils.machine import behind, machine_failure, out_of_memory
 
 __all__ = [
     "FAILURE",
-    "FORMATS",
     "KIND",
     "MACHINE",
     "MAX_VALUES",
     "MEMORY",
     "PLACE",
     "UNREADABLE",
-    "PhotographReader",
     "StreamDataset",
     "check_declared_size",
-    "open_photograph",
-    "read_photograph",
 ]
-
-logger = logging.getLogger(__name__)
 
 MAX_VALUES = 2**28
 """Default limit: as many values as a volume of 512 x 512 x 1024, about 3 GB while it is read."""
-
-FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-"""Formats of photographs that are read; Pillow starts other programs for some of the rest."""
 
 BEST_COMPRESSION = 1100  # bytes that deflate can make of one, with some to spare
 LONGEST_LOOK = 2**31  # bytes of a file that are read to find an I/O error
@@ -62,7 +52,7 @@ def check_declared_size(key: str, path: str | os.PathLike[str], max_values: int 
 
     Args:
         key: what the file is, for the message.
-        path: a photograph or a NIfTI file; the content counts, not the name.
+        path: a photograph, a NIfTI or DICOM file, or a folder of DICOM slices; the content counts, not the name.
         max_values: limit on the number of pixels or voxels times channels.
 
     Example:
@@ -74,6 +64,9 @@ def check_declared_size(key: str, path: str | os.PathLike[str], max_values: int 
         Traceback (most recent call last):
         ValueError: image file ... declares 50 x 40 x 3 = 6,000 values, more than max_values=5,999: raise max_values ...
     """
+    if is_dicom(path):
+        _check_count(f"{key} file {path}", declared_shape(path), max_values)
+        return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -89,12 +82,6 @@ def check_declared_size(key: str, path: str | os.PathLike[str], max_values: int 
         raise _no_image(f"{key} file {path}") from None
     with picture:
         _check_photograph(f"{key} file {path}", path, picture, max_values)
-
-
-def open_photograph(path: str | os.PathLike[str], **settings: Any) -> ImageFile:
-    """Open a photograph with Pillow, without its pixels, if it is of one of the formats that are read."""
-    Image.init()  # Pillow knows only a few formats before
-    return Image.open(path, **{"formats": [kind for kind in FORMATS if kind in Image.OPEN], **settings})
 
 
 def _check_photograph(what: str, path: str | os.PathLike[str], picture: ImageFile, max_values: int) -> None:
@@ -173,109 +160,6 @@ def _check_length(what: str, declared: int, length: int, ratio: int) -> None:
             f"{what} declares {declared:,} bytes, which cannot be in its {length:,}: it is truncated or damaged, copy "
             "it again or remove it"
         )
-
-
-DEEP = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-"""Modes of one channel whose values may exceed 255."""
-
-DEPTHS = (8, 10, 12, 14, 16)
-LEAST_LEVELS = 64
-
-
-class PhotographReader(PILReader):
-    """MONAI's ``PILReader`` for photographs as a viewer shows them.
-
-    The EXIF orientation is applied, so that masks have the geometry of the picture as it is displayed. Grey images of
-    more than 8 bits keep their grey levels when they are converted: values are scaled to [0, 255] by the file's own
-    depth, in floating point. A PNG file has its depth in the chunk ``sBIT``. Otherwise it is the smallest of 8, 10, 12,
-    14 and 16 bits that holds the image's highest value, and a line in the log says so.
-
-    Args:
-        color_mode: ``RGB`` or ``L`` to convert to; None leaves the channels and values as they are.
-        reverse_indexing: whether to read columns first.
-        kwargs: as for ``PIL.Image.open``.
-
-    Raises:
-        ValueError: when reading, for a colour image of 16 bits per channel that Pillow would cut to fewer than 64
-            levels.
-    """
-
-    def __init__(self, color_mode: str | None = None, reverse_indexing: bool = True, **kwargs: Any) -> None:
-        super().__init__(reverse_indexing=reverse_indexing, **kwargs)
-        self.color_mode = color_mode
-
-    def read(self, data: Sequence[PathLike] | PathLike | np.ndarray, **kwargs: Any) -> Any:
-        """Read one file, or several as channels; return what :meth:`get_data` takes."""
-        settings = {**self.kwargs, **kwargs}
-        images = [_Photograph(name, self.color_mode, settings) for name in ensure_tuple(data)]
-        return images if len(images) > 1 else images[0]
-
-
-class _Photograph:
-    """The pixels of a photograph, rows first, with what ``PILReader`` makes metadata of."""
-
-    def __init__(self, path: PathLike, color_mode: str | None, settings: Mapping[str, Any]) -> None:
-        self.path, self.settings = path, settings
-        with open_photograph(path, **settings) as picture:
-            self.format = picture.format
-            self.depth = _significant_bits(path) if picture.format == "PNG" else None
-            # of several channels with 16 bits, Pillow keeps the upper 8
-            cut = any(";16" in str(tile[3]) for tile in picture.tile) and picture.mode not in DEEP
-            upright = ImageOps.exif_transpose(picture)
-        self.mode, (self.width, self.height) = upright.mode, upright.size
-        pixels = np.asarray(upright)
-        if cut and int(pixels.max()) < LEAST_LEVELS:
-            raise ValueError(
-                f"{path} uses only {int(pixels.max()) + 1} of the 256 levels that can be read of its 16 bits per "
-                "channel: scale it to all 16 bits, or save it with 8"
-            )
-        if color_mode is not None:
-            deep = self.mode in (*DEEP, "F")
-            pixels = self._scaled(pixels, color_mode) if deep else np.asarray(upright.convert(color_mode))
-        self.pixels = pixels
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return self.pixels if dtype is None else self.pixels.astype(dtype)
-
-    def _scaled(self, pixels: np.ndarray, color_mode: str) -> np.ndarray:
-        values = pixels.astype(np.float32)
-        if self.mode != "F":  # floating-point numbers have no depth, and stay as they are
-            values *= 255 / (2 ** self._depth(float(values.max())) - 1)
-        channels = len(Image.new(color_mode, (1, 1)).getbands())
-        return values if channels == 1 else np.stack([values] * channels, axis=-1)
-
-    def _depth(self, highest: float) -> int:
-        """Return the bits that the values take."""
-        if self.depth is not None and highest < 2**self.depth:
-            return self.depth
-        depth = next((bits for bits in DEPTHS if highest < 2**bits), 32)
-        logger.info("%s does not say how many bits it uses: %d, by its highest value %g", self.path, depth, highest)
-        return depth
-
-
-def read_photograph(path: PathLike, color_mode: str | None = None) -> np.ndarray:
-    """Return the pixels of a photograph, rows first, as :class:`PhotographReader` reads them.
-
-    Example:
-        >>> import os, tempfile
-        >>> path = os.path.join(tempfile.mkdtemp(), "grey.png")
-        >>> Image.fromarray(np.array([[0, 4095]], dtype=np.uint16)).save(path)
-        >>> read_photograph(path, "RGB").tolist()
-        [[[0.0, 0.0, 0.0], [255.0, 255.0, 255.0]]]
-    """
-    return _Photograph(path, color_mode, {}).pixels
-
-
-def _significant_bits(path: PathLike) -> int | None:
-    """Return the bits per sample that a PNG file says are used; None if it does not."""
-    with open(path, "rb") as file:
-        file.seek(8)
-        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
-            if head[4:] == b"sBIT":
-                bits = file.read(1)
-                return bits[0] if bits and 1 <= bits[0] <= 16 else None
-            file.seek(int.from_bytes(head[:4], "big") + 4, os.SEEK_CUR)
-    return None
 
 
 FAILURE = "failure"
@@ -358,7 +242,7 @@ def check_file(key: str, path: str | os.PathLike[str], max_values: int | None = 
         if isinstance(error, OSError) and error.errno == errno.EIO:
             raise
         raise FileNotFoundError(f"{key} file {path} does not exist") from None
-    if size == 0:
+    if size == 0 and not os.path.isdir(path):
         raise ValueError(f"{key} file {path} is empty: copy it again or remove it")
     if max_values is not None:
         check_declared_size(key, path, max_values)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from mgipt_monai.data.dicom import DICOM_VOLUME
 from mgipt_monai.data.outputs import MASK_ENDINGS, UNCERTAINTY
 from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.metrics import UNADAPTED, expected_dice
@@ -42,8 +43,9 @@ AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 
 
 def is_nifti(image: MetaTensor) -> bool:
-    """Return whether the file that an image was read from is NIfTI."""
-    return str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
+    """Return whether an image was read from NIfTI, or is a volume of DICOM slices; masks of both are NIfTI."""
+    volume = str(image.meta["filename_or_obj"]).lower().endswith((".nii", ".nii.gz"))
+    return volume or bool(image.meta.get(DICOM_VOLUME, False))
 
 
 def output_name(data: Mapping[Hashable, Any], image: MetaTensor, ending: str = "") -> str:

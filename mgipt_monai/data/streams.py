@@ -14,6 +14,7 @@ from typing import Any
 from monai.data import load_decathlon_datalist
 from monai.utils import ensure_tuple
 
+from mgipt_monai.data.dicom import is_series
 from mgipt_monai.data.outputs import check_names
 from mgipt_monai.utils.files import IMAGE_ENDINGS, stem
 
@@ -33,9 +34,9 @@ def find_stream(
 ) -> list[dict[str, Any]]:
     """List the images of a stream in order.
 
-    A folder contains images, or ``images/`` and ``masks/``, or one such folder per site. The folder name is the name of
-    the site. An image and its mask have the same name (the extension may differ). Images are sorted by name within a
-    site.
+    A folder of DICOM slices is one image. Any other folder contains images, or ``images/`` and ``masks/``, or one such
+    folder per site. The folder name is the name of the site. An image and its mask have the same name (the extension
+    may differ). Images are sorted by name within a site.
 
     Where a folder of images has ``labels/final``, it is the studies folder of a MONAI Label server: if labelled, the
     images with a final annotation are listed, with it.
@@ -72,7 +73,7 @@ def find_stream(
     elif os.path.isdir(source):
         items = _from_folder(Path(source), labelled)
     else:
-        found = sorted(p for p in glob.glob(source, recursive=True) if p.lower().endswith(IMAGE_ENDINGS))
+        found = sorted(path for path in glob.glob(source, recursive=True) if _is_image(Path(path)))
         items = [_item(Path(path), labelled) for path in found]
     if not items:
         endings = " ".join(IMAGE_ENDINGS)
@@ -132,7 +133,7 @@ def _annotation(image: Path, found: Sequence[Path]) -> str:
     if len(found) > 1:
         raise ValueError(f"{image} has the final annotations {found[0]} and {found[1]}: keep one")
     (label,) = found
-    volumes = [path.name.lower().endswith((".nii", ".nii.gz")) for path in (image, label)]
+    volumes = [path.name.lower().endswith((".nii", ".nii.gz")) or path.is_dir() for path in (image, label)]
     if not label.name.lower().endswith(IMAGE_ENDINGS) or volumes[0] != volumes[1]:
         raise ValueError(
             f"the annotation {label} of {image.name} cannot be used: save it as {'NIfTI' if volumes[0] else 'PNG'}"
@@ -142,7 +143,11 @@ def _annotation(image: Path, found: Sequence[Path]) -> str:
 
 def _images_of(folder: Path) -> list[Path]:
     folder = folder / IMAGES if (folder / IMAGES).is_dir() else folder
-    return sorted(path for path in folder.iterdir() if path.name.lower().endswith(IMAGE_ENDINGS))
+    return [folder] if is_series(folder) else sorted(path for path in folder.iterdir() if _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    return is_series(path) if path.is_dir() else path.name.lower().endswith(IMAGE_ENDINGS)
 
 
 def _item(image: Path, labelled: bool, site_folder: str = "") -> dict[str, Any]:

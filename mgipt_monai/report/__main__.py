@@ -17,12 +17,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="example: mgipt report results",
     )
     parser.add_argument("folder", metavar="FOLDER", help="output folder of a benchmark")
+    parser.add_argument("--chart", metavar="FILE", help="also draw the change of each image into a picture: gain.png")
     options = parser.parse_args(arguments)
     try:
         require("benchmark", "jinja2", "matplotlib")
-        from .page import write_report  # needs these packages
+        from .page import write_gain_chart, write_report  # need these packages
 
         print(write_report(options.folder))
+        if options.chart:
+            print(write_gain_chart(options.folder, options.chart))
     except (OSError, ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
 

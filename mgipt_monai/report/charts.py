@@ -1,39 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The charts of a report: how they look, and those of a benchmark folder, each omitted if its data are missing."""
+"""The charts of a benchmark folder, each omitted if its data are missing."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import CenteredNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from mgipt_monai.utils.files import plain_text
 
 from .folder import BenchmarkFolder
+from .styles import WIDTH, Chart, MethodStyle, as_svg, legend_below, method_styles, plain_axes
 from .tables import percent
 
 __all__ = [
     "Block",
-    "Chart",
-    "MethodStyle",
-    "as_svg",
     "blocks_of",
     "charts_of",
     "gain_chart",
-    "legend_below",
-    "method_styles",
-    "plain_axes",
+    "gain_figure",
     "prompt_chart",
     "round_chart",
     "running_mean",
@@ -41,89 +34,9 @@ __all__ = [
     "stream_chart",
 ]
 
-WIDTH = 8.0  # inches
-
-# the Okabe-Ito palette without yellow, which is hard to see on white
-BASELINE, MAIN = "#e69f00", "#0072b2"
-OTHERS = ("#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
-DASHES: tuple[Any, ...] = ("-.", ":", (0, (6, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1)))
-MARKERS = "^vDPX*<>"
-HATCHES = ("\\\\\\", "xxx", "...", "+++", "ooo")
 TICKS = (1, 3, 10, 30, 100)
 MARKS = 12  # markers per line
 LARGEST_WITH_NUMBERS = 7  # side of the largest prompt whose numbers fit into their cells
-
-
-class Chart(NamedTuple):
-    """A chart of the page: its heading, how to read it, its alternative text, and the source of the image."""
-
-    title: str
-    caption: str
-    alt: str
-    source: str
-
-
-@dataclass(frozen=True)
-class MethodStyle:
-    """How a method is drawn in all charts."""
-
-    color: str
-    dashes: Any
-    marker: str
-    hatch: str = ""
-    width: float = 1.1
-
-    def line(self) -> dict[str, Any]:
-        """Return the keyword arguments of a matplotlib line."""
-        return {
-            "color": self.color,
-            "linestyle": self.dashes,
-            "marker": self.marker,
-            "linewidth": self.width,
-            "markersize": 4 + self.width / 2,
-        }
-
-
-def method_styles(methods: Sequence[str], baseline: str | None) -> dict[str, MethodStyle]:
-    """Return the style of each method; the baseline and the last method stand out.
-
-    Example:
-        >>> styles = method_styles(["source", "tent", "mgipt"], "source")
-        >>> styles["source"].color, styles["tent"].color, styles["mgipt"].color
-        ('#e69f00', '#009e73', '#0072b2')
-    """
-    adapting = [method for method in methods if method != baseline]
-    styles = {method: MethodStyle(MAIN, "-", "o", "", 2.0) for method in adapting[-1:]}
-    if baseline is not None:
-        styles[baseline] = MethodStyle(BASELINE, "--", "s", "///", 2.0)
-    for i, method in enumerate(adapting[:-1]):
-        # the dashes shift by one after each pass through the colours, so that no two methods share both
-        dashes, hatch = (kinds[(i + i // len(OTHERS)) % len(kinds)] for kinds in (DASHES, HATCHES))
-        styles[method] = MethodStyle(OTHERS[i % len(OTHERS)], dashes, MARKERS[i % len(MARKERS)], hatch)
-    return {method: styles[method] for method in methods}
-
-
-def plain_axes(axes: Axes, grid: Literal["both", "x", "y"] = "y") -> None:
-    """Keep only the left and bottom spines, with faint grid lines behind the data."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis=grid, color="0.88", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def legend_below(figure: Figure, axes: Axes) -> None:
-    """Put the legend below the axes, in as few rows as fit."""
-    handles, labels = axes.get_legend_handles_labels()
-    columns = max(1, min(len(labels), int(80 / (max(map(len, labels)) + 7))))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, handlelength=3.5)
-
-
-def as_svg(figure: Figure) -> str:
-    """Return the figure as a data URI for an image; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    without_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with matplotlib.rc_context({"svg.hashsalt": "mgipt_monai"}):
-        figure.savefig(buffer, format="svg", metadata=without_metadata)
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def charts_of(folder: BenchmarkFolder) -> Iterator[Chart]:
@@ -274,23 +187,39 @@ def round_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> C
 
 
 def gain_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> Chart:
+    """Return the chart of :func:`gain_figure`."""
+    averaged = " (rounds averaged)" if folder.results["stream"]["rounds"] > 1 else ""
+    return Chart(
+        f"Image by image against {folder.baseline}",
+        f"Each dot is an image{averaged}, better than {folder.baseline} to the right of the solid line and worse to "
+        "the left; between the dashed lines the change is within one point, the diamond is the mean change, and the "
+        "bar its 95 % interval.",
+        f"Change in DSC of each image from {folder.baseline}, a strip of dots for each method.",
+        as_svg(gain_figure(folder, styles)),
+    )
+
+
+def gain_figure(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> Figure:
     """Draw the change in DSC of each image from the baseline, with a strip of dots per method."""
-    figure = Figure(figsize=(WIDTH, 1.3 + 0.62 * len(folder.adapting)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.6 + 0.62 * len(folder.adapting)), layout="constrained")
     axes = figure.subplots()
     for edge in (-1, 1):
         axes.axvline(edge, color="0.35", linestyle=(0, (4, 3)), linewidth=0.9)
     axes.axvline(0, color="black", linewidth=1.2)
     shares = []
+    dot: dict[str, Any] = {"linestyle": "", "markersize": 4, "alpha": 0.55, "markeredgewidth": 0}
+    mean: dict[str, Any] = {"linestyle": "", "color": "white", "markeredgecolor": "black", "markersize": 8}
+    bar: dict[str, Any] = {"color": "black", "linewidth": 2.5, "solid_capstyle": "butt"}
     for row, method in enumerate(folder.adapting):
         changes = 100 * np.array(folder.image_changes(method))
         # golden-ratio steps spread the dots evenly over the height of the strip, and reproducibly
         heights = row + 0.55 * ((np.arange(len(changes)) * 0.618034) % 1 - 0.5)
         style = styles[method]
-        axes.plot(changes, heights, style.marker, color=style.color, markersize=4, alpha=0.55, markeredgewidth=0)
+        axes.plot(changes, heights, marker=style.marker, color=style.color, **dot)
         against = folder.results["methods"][method]["against_baseline"]["dsc"]
         bounds = [100 * bound for bound in against["interval"] or ()]
-        axes.plot(bounds, [row] * len(bounds), color="black", linewidth=2.5, solid_capstyle="butt")
-        axes.plot(100 * against["gain"], row, "d", color="white", markeredgecolor="black", markersize=8)
+        axes.plot(bounds, [row] * len(bounds), **bar)
+        axes.plot(100 * against["gain"], row, marker="d", **mean)
         shares.append(f"{percent(against['worse'], 0)} % worse by > 1\n{percent(against['better'], 0)} % better by > 1")
     beside = axes.secondary_yaxis("right")
     beside.set_yticks(range(len(shares)), shares, fontsize=9)
@@ -305,15 +234,13 @@ def gain_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> Ch
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+g}".replace("-", "−") if x else "0"))
     axes.set_xlabel(f"change in DSC from {plain_text(folder.baseline or '')}, points (logarithmic beyond ±1)")
     plain_axes(axes, grid="x")
-    averaged = " (rounds averaged)" if folder.results["stream"]["rounds"] > 1 else ""
-    return Chart(
-        f"Image by image against {folder.baseline}",
-        f"Each dot is an image{averaged}, better than {folder.baseline} to the right of the solid line and worse to "
-        "the left; between the dashed lines the change is within one point, and the diamond is the mean with its 95 % "
-        "interval.",
-        f"Change in DSC of each image from {folder.baseline}, a strip of dots for each method.",
-        as_svg(figure),
-    )
+    signs = {
+        "an image": Line2D([], [], marker="o", color="0.4", **dot),
+        "mean change": Line2D([], [], marker="d", **mean),
+        "its 95 % interval": Line2D([], [], **bar),
+    }
+    figure.legend(list(signs.values()), list(signs), loc="outside lower center", ncols=len(signs), frameon=False)
+    return figure
 
 
 def size_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> Chart:
@@ -367,11 +294,15 @@ def prompt_chart(method: str, prompts: Mapping[str, Sequence[Any]]) -> Chart:
     norm = CenteredNorm(1, max(0.01, *(float(np.abs(array - 1).max()) for array in arrays)))
     figure = Figure(figsize=(1.2 + 2.2 * channels, 0.5 + 2.2 * len(arrays)), layout="constrained")
     grid = figure.subplots(len(arrays), channels, squeeze=False)
-    for row, name, array in zip(grid, prompts, arrays, strict=True):
+    for height, (row, name, array) in enumerate(zip(grid, prompts, arrays, strict=True)):
         for channel, (axes, values) in enumerate(zip(row, array, strict=True), start=1):
             shown = axes.imshow(values, cmap="RdBu_r", norm=norm)
             axes.axis("off")
-            axes.set_title(f"{plain_text(name)}, channel {channel}", fontsize=9)
+            if height == 0:
+                axes.set_title(f"channel {channel}", fontsize=10)
+            if channel == 1:  # the name once per row, as titles of neighbours would overlap
+                label = plain_text(name).replace(", ", "\n")
+                axes.text(-0.06, 0.5, label, transform=axes.transAxes, rotation=90, ha="right", va="center")
             if max(values.shape) <= LARGEST_WITH_NUMBERS:
                 for (y, x), value in np.ndenumerate(values):
                     color = "white" if abs(value - 1) > 0.6 * norm.halfrange else "black"

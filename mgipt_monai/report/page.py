@@ -19,13 +19,14 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(f"the report needs {error.name}: pip install mgipt_monai[benchmark]") from error
 
-from .charts import charts_of
+from .charts import charts_of, gain_figure
 from .examples import chosen_images
 from .folder import BenchmarkFolder
+from .styles import method_styles
 from .tables import percent, points, site_table, summary_table
-from .verdict import verdict
+from .verdict import measured_images, verdict
 
-__all__ = ["page_environment", "write_report"]
+__all__ = ["page_environment", "write_gain_chart", "write_report"]
 
 
 def write_report(folder: str | os.PathLike[str]) -> Path:
@@ -46,6 +47,10 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     template = page_environment().get_template("report.html.j2")
     html = template.render(
         results=benchmark.results,
+        about={"data": "", "network": "", "weights": "", **benchmark.results.get("about", {})},
+        dates=_dates(benchmark),
+        images=_images(benchmark.results["stream"]),
+        lines={m: values["about"] for m, values in benchmark.results["methods"].items() if values.get("about")},
         timing=benchmark.timing,
         verdict=verdict(benchmark.results),
         summary=summary_table(benchmark),
@@ -57,6 +62,35 @@ def write_report(folder: str | os.PathLike[str]) -> Path:
     with output.writing(name) as part:
         part.write_text(html, encoding="utf-8", errors="replace")
     return benchmark.path / name
+
+
+def write_gain_chart(folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> Path:
+    """Draw the change in DSC of each image from the baseline into a picture, whose ending sets its format.
+
+    Raises:
+        FileExistsError: if a file stands there that no run wrote.
+        ValueError: if the benchmark has no baseline, or the format is not one that matplotlib writes.
+    """
+    benchmark = BenchmarkFolder.read(folder)
+    figure = gain_figure(benchmark, method_styles(benchmark.methods, benchmark.required_baseline))
+    output, name = output_file(path)
+    with output.writing(name) as part:
+        figure.savefig(part, dpi=80, metadata={"Software": None} if name.endswith(".png") else None)
+    return Path(path)
+
+
+def _dates(benchmark: BenchmarkFolder) -> str:
+    """Return the first and the last day (UTC) of the records; empty if they have no times."""
+    days = sorted({row["time"][:10] for rows in benchmark.records.values() for row in rows if row.get("time")})
+    return " to ".join(dict.fromkeys((days[0], days[-1]))) if days else ""
+
+
+def _images(stream: dict[str, Any]) -> str:
+    """Say how many images there are, in how many rounds, and how many are measured."""
+    rounds, measured = stream["rounds"], measured_images(stream)
+    count = round(stream["images"] / rounds)
+    text = f"{count} in {rounds} rounds" if rounds > 1 else str(count)
+    return text if measured == count and stream["measured"] == stream["images"] else f"{text}, {measured} measured"
 
 
 def page_environment(package: str = "mgipt_monai.report") -> jinja2.Environment:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,7 @@ __all__ = [
     "Cell",
     "Column",
     "Table",
+    "corrected",
     "percent",
     "points",
     "probability",
@@ -70,6 +71,21 @@ def probability(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def corrected(p_values: Mapping[str, float | None]) -> dict[str, float]:
+    """Return the p-values of several comparisons corrected for their number (Holm's step-down), without those of None.
+
+    Example:
+        >>> corrected({"bn": 0.04, "tent": 0.01, "source": None})
+        {'tent': 0.02, 'bn': 0.04}
+    """
+    ordered = sorted((value, name) for name, value in p_values.items() if value is not None)
+    found, highest = {}, 0.0
+    for i, (value, name) in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - i) * value))
+        found[name] = highest
+    return found
+
+
 TITLES = {"dsc": "DSC", "hd95": "HD95", "asd": "ASD", "e_max": "E-max", "s": "S"}
 """How metrics are written."""
 
@@ -107,6 +123,7 @@ class Table:
 def summary_table(folder: BenchmarkFolder) -> Table:
     """Return a table with one row per method; columns without data are omitted."""
     results, baseline = folder.results, folder.baseline
+    compared = {method: values for method, values in results["methods"].items() if values["against_baseline"]}
     columns = [
         *_class_columns(folder, lambda method: results["methods"][method]["metrics"]["dsc"]["classes"]),
         Column("DSC, %", "mean", lambda method: _mean(folder, method, "dsc", with_interval=True)),
@@ -118,9 +135,11 @@ def summary_table(folder: BenchmarkFolder) -> Table:
         columns.append(Column("DSC, %", "degradation", lambda method: _degradation(folder, method)))
     if baseline is not None:
         group = f"DSC against {baseline}, points"
+        adjusted = corrected({m: v["against_baseline"]["dsc"]["p_value"] for m, v in compared.items()})
         columns += [
             Column(group, "gain", _against(folder, lambda v: Cell(points(v["gain"]), span(v["interval"], points)))),
             Column(group, "p", _against(folder, lambda values: Cell(probability(values["p_value"])))),
+            Column(group, "p, corrected", lambda method: Cell(probability(adjusted.get(method)))),
             Column(group, "images worse by\xa0>\xa01", _against(folder, lambda v: Cell(f"{percent(v['worse'], 0)} %"))),
         ]
     for metric in results["metrics"]:
@@ -164,7 +183,8 @@ def site_table(folder: BenchmarkFolder) -> Table:
     blocks = []
     for site in folder.results["stream"]["sites"]:
         count = max(figures((site, method)).get("images", 0) for method in folder.methods)
-        blocks.append((f"{site} ({count} images)", [(site, method) for method in folder.methods]))
+        images = f"{count} image{'' if count == 1 else 's'}"
+        blocks.append((f"{site} ({images})", [(site, method) for method in folder.methods]))
     return _table(columns, blocks, lambda row: row[1])
 
 

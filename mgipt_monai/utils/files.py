@@ -206,7 +206,8 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -
         writer.writerows([[plain_cell(row.get(column)) for column in columns] for row in rows])
 
 
-IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz")
+DICOM_ENDING = ".dcm"
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".nii", ".nii.gz", DICOM_ENDING)
 
 
 def stem(path: str | os.PathLike[str]) -> str:

@@ -15,9 +15,9 @@ from PIL import ExifTags, Image
 
 from mgipt_monai import RecordFile
 from mgipt_monai.data import PhotographReader
-from mgipt_monai.data.dataset import read_photograph
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.fundus import fundus_scene
+from mgipt_monai.data.photographs import read_photograph
 from tests.bundle.conftest import CONFIGS, QUICK, run_bundle
 
 INFERENCE, EVALUATE = CONFIGS / "inference.yaml", CONFIGS / "evaluate.yaml"

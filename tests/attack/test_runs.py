@@ -26,7 +26,7 @@ from monai.transforms import Compose, Lambdad, LoadImaged, Resized, ScaleIntensi
 from PIL import Image
 
 from mgipt_monai import MGIPT, PersistentInferer, RecordFile, StreamFailedError, load_state
-from mgipt_monai.data.dataset import PhotographReader
+from mgipt_monai.data import PhotographReader
 from mgipt_monai.engines import MachineFailureError
 from mgipt_monai.handlers import WorkAheadHandler
 from mgipt_monai.stream import command

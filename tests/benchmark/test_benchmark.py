@@ -60,10 +60,15 @@ def test_everything_is_written_and_fits_the_schema(finished: Path) -> None:
     assert results["stream"] == {
         "images": 8,
         "measured": 8,
+        "measured_images": 4,
         "rounds": 2,
         "sites": ["cold_noisy", "warm_vignetted"],
         "failed": [],
     }
+    assert results["metrics"]["hd95"]["unit"] == results["metrics"]["asd"]["unit"] == "pixels"
+    assert results["about"]["network"] == "UNet, 408,485 parameters"
+    assert results["about"]["weights"].endswith("model.pt")
+    assert results["methods"]["source"]["about"].startswith("The unadapted source network")
     assert set(results["metrics"]) == {"dsc", "hd95", "asd", "e_max", "s"}
     assert results["settings"]["methods"]["mgipt"]["instance_prompt"]["steps"] == 1
     assert list(results["methods"]["mgipt"]["prompts"]) == ["3 x 3", "5 x 5", "7 x 7"]

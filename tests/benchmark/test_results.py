@@ -40,6 +40,7 @@ def test_figures_by_hand() -> None:
     assert results["stream"] == {
         "images": 4,
         "measured": 3,
+        "measured_images": 3,
         "rounds": 1,
         "sites": ["A", "B"],
         "failed": [{"name": "B2", "method": "mgipt", "reason": "broken"}],
@@ -117,6 +118,19 @@ def test_rounds_of_an_image_are_averaged_before_statistics() -> None:
     # three times the same images are no more evidence than once
     assert values[0]["p_value"] == pytest.approx(values[1]["p_value"])
     assert values[0]["interval"] == pytest.approx(values[1]["interval"])
+    assert (values[0]["worse"], values[0]["better"]) == (values[1]["worse"], values[1]["better"])
+    found = summarise(three, "source")
+    dsc = found["methods"]["mgipt"]["metrics"]["dsc"]
+    assert (found["stream"]["measured"], found["stream"]["measured_images"]) == (27, 9)
+    assert (dsc["images"], dsc["sites"]["A"]["images"]) == (9, 9)
+    assert dsc["worst_tenth"] == pytest.approx(0.3)  # the mean of the worst image's rounds
+
+
+def test_unit_of_distances_is_named_where_it_is_known() -> None:
+    runs = {"source": rows({"A1": 0.8})}
+    assert summarise(runs)["metrics"]["hd95"]["unit"] == "mm or pixels"
+    assert summarise(runs, unit="mm")["metrics"]["hd95"]["unit"] == "mm"
+    assert summarise(runs, unit="mm")["metrics"]["dsc"]["unit"] == ""
 
 
 def test_statistics() -> None:

@@ -112,6 +112,7 @@ def _results(folder, methods, baseline, sites, rounds, failed, prompts, rng) -> 
     figures = {}
     for method in methods:
         figures[method] = {
+            "about": f"What {method} does.",
             "forwards": 25.0,
             "backwards": 24.0,
             "metrics": {m: _metric(values[method], sites, rounds) for m, values in means.items()},
@@ -136,6 +137,7 @@ def _results(folder, methods, baseline, sites, rounds, failed, prompts, rng) -> 
     return {
         "schema": "mgipt_monai.results",
         "version": 1,
+        "about": {"data": "/data/eyes <b>", "network": "UNet, 408,485 parameters", "weights": "model.pt"},
         "settings": {
             "seed": 0,
             "order": "sites",
@@ -145,8 +147,9 @@ def _results(folder, methods, baseline, sites, rounds, failed, prompts, rng) -> 
             "methods": {method: {"name": method, "steps": 7, "head": "<sigmoid>"} for method in methods},
         },
         "stream": {
-            "images": len(images) + len(failed),
-            "measured": len(images),
+            "images": rounds * (len(images) + len(failed)),
+            "measured": rounds * len(images),
+            "measured_images": len(images),
             "rounds": rounds,
             "sites": list(sites),
             "failed": [{"name": n, "method": methods[-1], "reason": "the image has 3 NaN <b>"} for n in failed],

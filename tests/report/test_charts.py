@@ -10,8 +10,9 @@ import matplotlib
 import numpy as np
 import pytest
 
-from mgipt_monai.report.charts import Block, blocks_of, charts_of, method_styles, prompt_chart, running_mean
+from mgipt_monai.report.charts import Block, blocks_of, charts_of, prompt_chart, running_mean
 from mgipt_monai.report.folder import BenchmarkFolder
+from mgipt_monai.report.styles import method_styles
 from tests.report.fabricated import fabricate
 
 
@@ -24,6 +25,10 @@ def svg(source: str) -> ElementTree.Element:
 def test_no_two_methods_share_colour_and_line() -> None:
     styles = method_styles(["source", *(f"method {i}" for i in range(25)), "mgipt"], "source")
     assert len({(style.color, str(style.dashes)) for style in styles.values()}) == 27
+    # as many as the benchmark runs differ in colour and in marker
+    ten = [styles[name] for name in ("source", *(f"method {i}" for i in range(9)), "mgipt")]
+    assert len({style.color for style in ten}) == len({style.marker for style in ten}) == 11
+    assert len({(style.color, style.marker) for style in styles.values()}) == 27
     # neighbours differ in marker and hatch too, for print without colour
     few = [styles[name] for name in ("source", "method 0", "method 1", "method 2", "mgipt")]
     assert len({style.marker for style in few}) == len({style.hatch for style in few}) == 5

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mgipt_monai.report.__main__ import main
 from mgipt_monai.report.page import write_report
 from tests.report.fabricated import SITES, fabricate
 
@@ -87,7 +88,10 @@ def test_page_names_every_method_site_and_failed_image(full: Page) -> None:
     assert f"{SITES[1]}/eye_001 (mgipt): the image has 3 NaN <b>" in full.text
     assert "<&>" not in full.source
     assert "<b>" not in full.source
-    assert "8, of which 7 are measured" in full.text
+    assert "Images 8 in 2 rounds, 7 measured" in full.text
+    assert "Data /data/eyes <b> Images" in full.text
+    assert "Network UNet, 408,485 parameters Weights model.pt, SHA-256 0123" in full.text
+    assert all(f"{name} What {name} does." in full.text for name in METHODS)
 
 
 def test_page_is_accessible(full: Page) -> None:
@@ -141,8 +145,13 @@ def test_without_failed_images_none_are_listed(bare: Page) -> None:
     assert "Failed images None." in bare.text
 
 
+def test_chart_is_a_picture_of_its_own(full_folder: Path, tmp_path: Path) -> None:
+    main([str(full_folder), "--chart", str(tmp_path / "gain.png")])
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_verdict_is_on_the_page(full: Page, tmp_path: Path) -> None:
-    assert "adaptation helps: the best method, mgipt," in full.text
+    assert "helps: the best method, mgipt," in full.text
     folder = fabricate(tmp_path, {"source": 0.0, "tent": -0.02, "mgipt": -0.01}, rounds=1, pictures=False)
     assert "no method has a higher mean DSC than source" in Page(write_report(folder)).text
 

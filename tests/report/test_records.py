@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mgipt_monai.report import record_summary as records
+from mgipt_monai.report.record_page import record_charts
 from mgipt_monai.report.record_summary import alerts, read_records, record_table
 
 START = datetime(2026, 1, 30, 8, tzinfo=timezone.utc)
@@ -112,6 +113,14 @@ def test_page_shows_evidence_of_drift(tmp_path: Path) -> None:
     page = (tmp_path / "page.html").read_text()
     assert "<h2>Evidence of drift</h2>" in page
     assert "run mgipt commission again" in page
+
+
+def test_table_and_chart_agree_on_what_was_adapted() -> None:
+    rows = [row(0, decision="adapted"), row(1, decision="unadapted"), row(2, decision="adapted"), failed(3)]
+    undecided = [{key: value for key, value in one.items() if key != "decision"} for one in map(row, range(4, 6))]
+    assert record_table(rows + undecided)[-1][2:6] == ["5", "1", "2", "1"]
+    assert "1 failed, 2 no decision, 1 unadapted, 2 adapted" in record_charts(rows + undecided)[0].alt
+    assert "0 failed, 2 no decision." in record_charts(undecided)[0].alt
 
 
 @pytest.mark.parametrize("monitor", [3, {}, {"alarm": "yes"}, {"alarm": True, "evidence_against": "much"}])

@@ -34,7 +34,8 @@ def test_clear_gain_of_the_best_method() -> None:
     text = verdict(results({"tent": (0.01, 0.002, 0.03), "mgipt": (0.02, 0.005, 0.0004)}))
     assert text.startswith(
         "On 20 images of 2 sites, adaptation helps: the best method, mgipt, has a mean DSC of 82.00 % compared with "
-        "80.00 % of source. The gain of +2.00 points is statistically clear (95 % interval +1.50 to +2.50, p < 0.001)."
+        "80.00 % of source. The gain of +2.00 points is statistically clear (95 % interval +1.50 to +2.50, p < 0.001 "
+        "corrected for 2 comparisons)."
     )
     assert "With mgipt, 25 % of the images get worse by more than one point" in text
     assert text.endswith("Of the other methods, tent is clearly better than source.")
@@ -49,6 +50,24 @@ def test_gain_is_clear_only_if_interval_and_p_value_agree(half: float, p_value: 
     assert "it is not clear that adaptation helps" in text
     assert "may be due to chance" in text
     assert sure in text
+
+
+def test_p_is_corrected_for_the_number_of_methods() -> None:
+    many = {f"other {i}": (-0.001, 0.01, 0.5) for i in range(8)}
+    text = verdict(results({**many, "tent": (-0.02, 0.01, 0.039), "mgipt": (0.02, 0.01, 0.004)}))
+    assert "statistically clear (95 % interval +1.00 to +3.00, p = 0.040 corrected for 10 comparisons)" in text
+    assert "tent is possibly worse than source" in text
+    assert "clearly worse" not in text
+    assert "adaptation possibly helps" in verdict(results({**many, "mgipt": (0.02, 0.01, 0.039)}))
+    assert "adaptation helps" in verdict(results({"mgipt": (0.02, 0.01, 0.039)}))
+
+
+def test_images_of_several_rounds_count_once() -> None:
+    content = results({"mgipt": (0.02, 0.005, 0.0004)})
+    content["stream"] |= {"measured": 60, "measured_images": 20, "rounds": 3}
+    assert verdict(content).startswith("On 20 images of 2 sites in 3 rounds, adaptation helps")
+    del content["stream"]["measured_images"]  # of an earlier version
+    assert verdict(content).startswith("On 20 images of 2 sites in 3 rounds, adaptation helps")
 
 
 def test_no_method_beats_the_baseline() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mgipt_monai.data.dataset import read_photograph
+from mgipt_monai.data.photographs import read_photograph
 
 from .mask_files import open_mask
 

@@ -9,7 +9,7 @@ import numpy as np
 from monai.utils import optional_import
 from PIL import Image, ImageOps
 
-from mgipt_monai.data.dataset import open_photograph
+from mgipt_monai.data.photographs import open_photograph
 
 __all__ = ["disc_and_cup", "grey_disc_and_cup", "open_mask", "two_masks"]
 
