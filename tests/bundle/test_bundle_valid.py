@@ -47,7 +47,7 @@ def settings_of(method: MGIPT) -> dict:
         (part, key): value
         for part, owner in parts.items()
         for key, value in vars(owner).items()
-        if isinstance(value, plain) and not key.startswith("_")
+        if isinstance(value, plain) and not key.startswith("_") and key != "side_by_side"
     }
 
 
@@ -179,8 +179,11 @@ def test_default_is_the_paper(tmp_path: Path, demo_sites: Path) -> None:
     assert settings_of(default) == settings_of(MGIPT(default.network))
 
 
-def test_fast_overlay_costs_eight_forwards(tmp_path: Path, demo_sites: Path) -> None:
+def test_fast_overlay_costs_eight_forwards_and_one_to_compare(tmp_path: Path, demo_sites: Path) -> None:
     method = with_presets(tmp_path, demo_sites, "fast")
+    method(torch.rand(1, 3, 64, 64))
+    assert method.last[0]["forwards"] + method.last[0]["backwards"] == 9
+    method.compare(False)
     method(torch.rand(1, 3, 64, 64))
     assert method.last[0]["forwards"] + method.last[0]["backwards"] == 8
 
