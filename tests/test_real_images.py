@@ -55,6 +55,6 @@ def test_adaptation_runs_and_lowers_the_loss(overlays: tuple, tmp_path: Path) ->
     assert len(rows) == 4
     for row in rows:
         assert row["loss_after"] < row["loss_before"]
-        assert row["forwards"] + row["backwards"] in (42, 58)
+        assert row["forwards"] + row["backwards"] in (43, 59)  # one of them without adaptation
         assert row["metrics"]["dsc"]["disc"] > 0.8
     assert json.loads((tmp_path / "summary.json").read_text())["all"]["images"] == 4

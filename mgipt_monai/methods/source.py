@@ -19,6 +19,7 @@ class Source(AdaptationMethod):
         network: the source network.
 
     Example:
+        >>> import torch
         >>> source = Source(torch.nn.Conv2d(3, 2, 1))
         >>> source(torch.rand(1, 3, 8, 8)).shape
         torch.Size([1, 2, 8, 8])

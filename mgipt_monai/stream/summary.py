@@ -140,12 +140,12 @@ class StreamSummary:
 
         Example:
             >>> summary = StreamSummary()
-            >>> for name, dsc in (("a", 0.75), ("b", 0.79)):
+            >>> for name, dsc in (("a", 0.75), ("b", 0.82)):
             ...     row = {"name": name, "site": "A", "status": "ok", "seconds": 1.0, "metrics": {"dsc": {"disc": dsc}}}
             ...     summary.add({**row, "unadapted_metrics": {"dsc": {"disc": 0.8}}})
             >>> summary.verdict()
-            ['adaptation changed the mean DSC by -3.00 points, 95 % interval [-5.00, -1.00]; 1 of 2 images got worse \
-by more than a point, 0 better']
+            ['adaptation changed the mean DSC by -1.50 points, 95 % interval [-5.00, +2.00]; 1 of 2 images got worse \
+by more than a point, 1 better']
         """
         whole, done = self.figures()[ALL], [row for row in self._rows if row["status"] == "ok"]
         found = []

@@ -337,7 +337,13 @@ def test_list_of_what_was_written_holds_no_name_and_survives_a_line_cut_off(tmp_
 def test_second_run_over_the_same_folder_works_and_a_foreign_file_stops_it_before_the_first_image(
     tmp_path: Path, site: Path
 ) -> None:
-    settings = {"dataset_dir": site, "output_dir": tmp_path / "out", "save_uncertainty": True, **QUICK}
+    settings = {
+        "dataset_dir": site,
+        "output_dir": tmp_path / "out",
+        "save_uncertainty": True,
+        "overwrite": True,
+        **QUICK,
+    }
     run_bundle([INFERENCE], **settings)
     masks = digests(tmp_path / "out")
     run_bundle([INFERENCE], **settings)

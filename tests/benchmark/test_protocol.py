@@ -164,7 +164,7 @@ def test_odoc_is_in_the_papers_settings() -> None:
     parser = parsed("protocols/odoc.yaml")
     method = parser.get_parsed_content("method")
     assert isinstance(method.network, ResUNet)
-    assert method.settings() == MGIPT(method.network, memory=None).settings()
+    assert method.settings() == MGIPT(method.network, memory=None, offset="none").settings()
     assert len(method.norms.layers) == 41
     assert parser["spatial_size"] == [512, 512]
     rows = parser.get_parsed_content("methods")
@@ -180,7 +180,9 @@ def test_polyp_is_in_the_papers_settings() -> None:
     network, encoder = method.network, r"^resnet\."
     assert isinstance(network, PraNet)
     settings = {"lr": 0.01, "steps": 6, "aligned_layers": encoder}
-    assert method.settings() == MGIPT(network, global_sizes=(1, 3, 5), memory=None, **settings).settings()
+    assert (
+        method.settings() == MGIPT(network, global_sizes=(1, 3, 5), memory=None, offset="none", **settings).settings()
+    )
     assert all(name.startswith("resnet.") for name in method.norms.layers)
     assert parser["spatial_size"] == [352, 352]
     rows = parser.get_parsed_content("methods")
@@ -188,7 +190,9 @@ def test_polyp_is_in_the_papers_settings() -> None:
     assert rows["released"]().settings() == released
     overlay = parsed("protocols/polyp.yaml", "protocols/polyp_released.yaml").get_parsed_content("method")
     assert overlay.settings() == released
-    assert rows["vptta"]().settings() == VPTTA(network, lr=0.01, side=3, aligned_layers=encoder).settings()
+    assert (
+        rows["vptta"]().settings() == VPTTA(network, lr=0.01, side=3, aligned_layers=encoder, offset="none").settings()
+    )
     image = {"image": torch.tensor([0.0, 255.0]).view(1, 1, 2).repeat(3, 1, 1)}
     prepared = parser.get_parsed_content("intensity")(image)["image"]
     torch.testing.assert_close(prepared[:, 0, 0], -torch.tensor([0.485 / 0.229, 0.456 / 0.224, 0.406 / 0.225]))

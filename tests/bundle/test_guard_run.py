@@ -32,7 +32,7 @@ def test_fallback_writes_the_mask_of_a_run_without_adaptation_and_says_so(tmp_pa
     run_bundle([INFERENCE, source], output_dir=tmp_path / "source", **settings)
     limits = {"guard#max_area_change": 1.0, "guard#min_agreement": "$None"}
     done = run_bundle([INFERENCE, OVERLAY], output_dir=tmp_path / "guarded", **settings, **limits)
-    assert "unadapted: a class's area changed by a factor of " in done.stdout + done.stderr
+    assert "predicted without adaptation since a class's area changed by a factor of " in done.stdout + done.stderr
     masks = sorted(path.relative_to(tmp_path / "source") for path in (tmp_path / "source").rglob("*.png"))
     assert len(masks) == 2
     for row, mask in zip(RecordFile(tmp_path / "guarded" / "records.jsonl").read(), masks, strict=True):
