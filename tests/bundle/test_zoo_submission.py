@@ -71,7 +71,7 @@ def test_configs_have_the_zoos_keys_and_nobodys_folders(submitted: Path) -> None
         yaml.safe_load((submitted / "configs" / f"{name}.yaml").read_text()) for name in ("inference", "train")
     )
     assert {"bundle_root", "device", "network_def", "inferer", "output_dir", "dataset_dir"} <= inference.keys()
-    assert {"trainer", "dataset", "inferer", "handlers"} <= train["train"].keys()
+    assert {"trainer", "dataset", "preprocessing", "inferer", "handlers"} <= train["train"].keys()
     assert {"evaluator", "handlers", "dataset", "postprocessing", "key_metric"} <= train["validate"].keys()
     assert "val_interval" in train
     for path in (submitted / "configs").iterdir():

@@ -58,7 +58,7 @@ class TestFundusDiscCupSegmentation(unittest.TestCase):
         assert "summary.json" in self.written()
 
     def test_train(self):
-        flow = self.workflow("train", "inference", "train", max_epochs=1)
+        flow = self.workflow("train", "inference", "train", max_epochs=1, val_interval=1)
         assert not flow.check_properties()
         flow.run()
         flow.finalize()
