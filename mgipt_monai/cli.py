@@ -135,7 +135,7 @@ MODULES = {
     "published": ("mgipt_monai.data.published.__main__", "convert a published data set that you have"),
     "nnunet-predict": ("mgipt_monai.nnunet.predict", "nnUNetv2_predict with adaptation"),
     "nnunet-calibrate": ("mgipt_monai.nnunet.calibrate", "measure what source images look like inside an nnU-Net"),
-    "label-app": ("mgipt_monai.label_app", "put the bundle into MONAI Label"),
+    "label-app": ("mgipt_monai.label_app", "put a bundle into MONAI Label"),
 }
 """Commands that are modules of their own."""
 

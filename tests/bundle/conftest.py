@@ -16,6 +16,7 @@ from tests.module_runs import ONE_THREAD, ROOT, run_module
 
 BUNDLE = ROOT / "bundle"
 CONFIGS = BUNDLE / "configs"
+collect_ignore = ["submission"]  # runs in the model zoo's layout, which test_zoo_submission.py makes
 # few steps and small images: these tests ask whether configs run, not how well
 QUICK = {"spatial_size": "[64,64]", "instance_prompt#steps": "1"}
 

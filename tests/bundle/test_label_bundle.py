@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.transforms import SaveImaged
 from PIL import Image
 
 from mgipt_monai import RecordFile, cli, label_app
@@ -41,15 +42,17 @@ def folder(tmp_path: Path, quick: Path) -> Path:
     return folder
 
 
-def run_pieces(parser: ConfigParser, network: torch.nn.Module, image: Path) -> dict[str, Any]:
-    """Preprocessing, inferer and postprocessing, transform by transform, as a server does."""
-    data: dict[str, Any] = {"image": str(image)}
+def run_pieces(parser: ConfigParser, network: torch.nn.Module, image: Path | list[str]) -> dict[str, Any]:
+    """Preprocessing, inferer and postprocessing, transform by transform, as a server does, which saves nothing."""
+    read = str(image) if isinstance(image, Path) else image
+    data: dict[str, Any] = {"image": read, "image_path": read}  # the server's writer needs its ending
     for transform in parser.get_parsed_content("preprocessing").transforms:
         data = transform(data)
     with torch.no_grad():
         data["pred"] = parser.get_parsed_content("inferer")(data["image"][None], network)[0]
     for transform in parser.get_parsed_content("postprocessing").transforms:
-        data = transform(data)
+        data = data if isinstance(transform, SaveImaged) else transform(data)
+    assert data["image_path"] == read
     return data
 
 
@@ -66,7 +69,7 @@ class Server:
         self.network.eval()
         self.shown = self.parser.get_parsed_content("displayable_configs")
 
-    def infer(self, image: Path, **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
+    def infer(self, image: Path | list[str], **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
         """What the writer is given: the array, and the JSON answer."""
         self.parser["displayable_configs"].update({**self.shown, **params})
         self.parser.parse()  # all objects are made anew
