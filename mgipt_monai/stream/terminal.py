@@ -131,7 +131,8 @@ def _adaptation(row: dict[str, Any]) -> Iterator[str]:
     if before is not None:
         yield f"loss {before:.3g}" if after is None else f"alignment loss {before:.3g} to {after:.3g}"
     if row.get("adapted_weight") is not None:
-        yield f"evidence of a shift {100 * row['evidence']:.0f} %, adapted prediction weighs {100 * row['adapted_weight']:.0f} %"
+        evidence, weight = 100 * row["evidence"], 100 * row["adapted_weight"]
+        yield f"evidence of a shift {evidence:.0f} %, adapted prediction weighs {weight:.0f} %"
     if row.get("disagreement") is not None:
         yield f"the views disagree by {100 * row['disagreement']:.1f} %"
     if row.get("corrected"):
