@@ -12,7 +12,7 @@ from mgipt_monai.utils.weights import load_encoder_weights, load_source_weights
 
 from . import _renamed, commissioning, data, handlers, methods, networks
 from .benchmark import Benchmark
-from .commissioning import commission
+from .commissioning import commission, export_adapted
 from .data import find_stream, order_stream
 from .engines import AdaptationEvents, MachineFailureError, StreamFailedError, StreamingAdaptationEvaluator
 from .handlers import SourceStatisticsHandler, TestTimeAdaptationHandler
@@ -59,6 +59,7 @@ __all__ = [
     "commission",
     "commissioning",
     "data",
+    "export_adapted",
     "find_stream",
     "handlers",
     "load_encoder_weights",

@@ -101,6 +101,17 @@ BUNDLE_COMMANDS = {
         method=False,
         resumes="",
     ),
+    "export": BundleCommand(
+        "write a commissioned network as TorchScript, ONNX or weights, which run without this package",
+        {
+            "site_dir": ("SITE", "folder that mgipt commission wrote, or its site.pt"),
+            "export_path": ("FILE", "file to write: .ts (TorchScript), .onnx, or .pt (weights for the same network)"),
+        },
+        ["inference", "export"],
+        "mgipt export site network.ts --weights network.pt",
+        method=False,
+        resumes="",
+    ),
     "suggest": BundleCommand(
         "choose which images of a site to label",
         {

@@ -25,6 +25,7 @@ EXTRAS = {
     "benchmark": {"matplotlib": "matplotlib", "jinja2": "jinja2", "scipy": "scipy", "py_sod_metrics": "pysodmetrics"},
     "commission": {"matplotlib": "matplotlib", "jinja2": "jinja2", "scipy": "scipy"},
     "demo": {"matplotlib": "matplotlib"},
+    "export": {"onnx": "onnx"},
     "nnunet": {"nnunetv2": "nnunetv2"},
     "tracking": {"mlflow": "mlflow"},
 }

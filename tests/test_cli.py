@@ -14,12 +14,15 @@ import pytest
 import torch
 
 import mgipt_monai
-from mgipt_monai import RecordFile, cli, find_stream
+from mgipt_monai import RecordFile, Source, cli, find_stream
 from mgipt_monai.bundle_runs import BundleRun, as_path, errors_last, read_settings
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
 from mgipt_monai.installed import find_config, installed, overlays, presets
+from mgipt_monai.methods import Commissioned, SiteSetting
+from mgipt_monai.networks.correction import Correction
 from mgipt_monai.utils.outputs import MANIFEST
+from mgipt_monai.utils.provenance import fingerprint
 from tests.bundle.conftest import BUNDLE, ONE_THREAD, QUICK, ROOT
 from tests.conftest import without_times
 from tests.module_runs import run_module
@@ -118,6 +121,38 @@ def test_suggest_writes_a_datalist_for_the_masks_and_nothing_else(photographs: P
     ):
         assert message in last_line(mgipt("suggest", *words, fails=True))
     assert other.read_text() == "mine"
+
+
+def test_export_writes_what_other_programs_load(tmp_path: Path) -> None:
+    network = BundleRun([BUNDLE / "configs" / "inference.yaml"]).value("network_def")
+    mgipt_monai.load_source_weights(network, installed() / "models" / "model.pt")
+    network.eval()
+    offset = Correction(torch.tensor([1.0, -2.0]), temperature=0.5)
+    site = SiteSetting(fingerprint(network), {"class": "Source"}, offset)
+    (tmp_path / "site").mkdir()
+    site.save(tmp_path / "site" / "site.pt")
+    image, settings = torch.rand(1, 3, 64, 64), ["--device", "cpu"]
+    expected = Commissioned(Source(network), site)(image)
+    for ending, load in (("ts", torch.jit.load), ("pt", lambda path: torch.load(path, weights_only=True))):
+        path = tmp_path / "out" / f"network.{ending}"
+        done = mgipt("export", tmp_path / "site", path, *settings)
+        assert done.stdout.splitlines()[-1] == str(path)
+        found = load(path)
+        if ending == "pt":
+            network.load_state_dict(found)
+            found = network
+        assert torch.allclose(found.eval()(image), expected, atol=1e-5)
+    other = tmp_path / "other.ts"
+    other.write_text("mine")
+    for words, message in (
+        ([tmp_path / "site", other], "was not written by a run"),
+        ([tmp_path / "site", tmp_path / "network.trt"], "must end in .ts (TorchScript), .onnx (ONNX) or .pt"),
+        ([tmp_path, tmp_path / "new.ts"], "commissioning deployed no correction"),
+        ([tmp_path / "site", tmp_path / "new.ts", "--weights", path], "was commissioned with other weights"),
+    ):
+        assert message in last_line(mgipt("export", *words, *settings, fails=True))
+    assert other.read_text() == "mine"
+    assert not (tmp_path / "new.ts").exists()
 
 
 def test_benchmark_writes_a_report_that_the_other_commands_read(sites: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .audit import Audit, audit
 from .commission import Commissioning, Row, commission
+from .export import export_adapted, export_file, export_site
 from .site import commission_site, read_labelled, with_earlier, write_site
 from .suggestion import Suggestion, suggest, write_suggestions
 from .trial import BASES, CANDIDATES
@@ -19,6 +20,9 @@ __all__ = [
     "audit",
     "commission",
     "commission_site",
+    "export_adapted",
+    "export_file",
+    "export_site",
     "read_labelled",
     "suggest",
     "with_earlier",

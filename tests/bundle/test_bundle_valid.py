@@ -114,7 +114,7 @@ EXISTING = sorted(ROOT.glob("configs/existing_*.yaml"))
 # train.yaml is left out, it brings a trainer and so most of its keys with it
 OVERLAYS = {
     *ROOT.glob("configs/**/*.yaml"),
-    *(CONFIGS / f"{name}.yaml" for name in ("evaluate", "source_statistics", "suggest", "benchmark")),
+    *(CONFIGS / f"{name}.yaml" for name in ("evaluate", "source_statistics", "suggest", "benchmark", "export")),
 } - {*EXISTING}
 
 
@@ -127,6 +127,7 @@ def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
         "evaluate.yaml": {"mask_ranges", "mask_background", "metrics"},
         "source_statistics.yaml": {"statistics"},
         "suggest.yaml": {"k", "suggestions_path", "suggestions"},
+        "export.yaml": {"site_dir", "export_path", "export_size", "use_trace", "example"},
         "benchmark.yaml": {"methods", "compare", "benchmark", "probability_metrics"},
         "hippocampus.yaml": {"probability_metrics"},
         "low_frequency_gain.yaml": {"gain"},
