@@ -125,7 +125,7 @@ def bundles() -> dict[str, Bundle]:
     placed = Bundle({"_target_": "zoo_overlays.Placed"}, tiles._replace(inferer={**tiles.inferer, "with_coord": True}))
     return found | {
         "DynUNet with guidance": Bundle(networks(3, 3)["DynUNet"], volume, 3, settings=first),
-        "BasicUNet with clicks": Bundle(networks(2, 5)["BasicUNet"], image, 5, settings=first),
+        "BasicUNet with clicks": Bundle(networks(3, 5)["BasicUNet"], volume, 5, settings=first),
         "four sequences, sigmoid": Bundle(
             networks(3, 4)["SegResNet"], windows, 4, settings={"adaptation_head": "sigmoid"}
         ),
