@@ -226,7 +226,13 @@ def commission(
     after = best if certified else behind or before
     rows = [_row(each, gains[each.name], confidence, bound, harmed[each.name]) for each in trial.candidates.values()]
     table = sorted(rows, key=lambda row: -row.lower)
-    setting, method = trial.deploy(after)
+    try:
+        setting, method = trial.deploy(after)
+    except (ValueError, FloatingPointError) as error:
+        # a fit to all images may diverge where those to parts of them did not
+        reasons.append(f"{after.name!r} cannot be fitted to all images ({error})")
+        certified, after = False, behind if behind not in (None, after) else before
+        setting, method = trial.deploy(after)
     count = len(gains[NOTHING])
     expected = choice.expected if certified else float(gains[after.name].mean())
     return Commissioning(

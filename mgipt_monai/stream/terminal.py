@@ -131,9 +131,10 @@ def _adaptation(row: dict[str, Any]) -> Iterator[str]:
     if before is not None:
         yield f"loss {before:.3g}" if after is None else f"alignment loss {before:.3g} to {after:.3g}"
     if row.get("adapted_weight") is not None:
-        yield f"evidence of a shift {row['evidence']:.0%}, adapted prediction weighs {row['adapted_weight']:.0%}"
+        evidence, weight = 100 * row["evidence"], 100 * row["adapted_weight"]
+        yield f"evidence of a shift {evidence:.0f} %, adapted prediction weighs {weight:.0f} %"
     if row.get("disagreement") is not None:
-        yield f"the views disagree by {row['disagreement']:.1%}"
+        yield f"the views disagree by {100 * row['disagreement']:.1f} %"
     if row.get("corrected"):
         yield f"corrected {' and '.join(row['corrected'])}"
     if row.get("adapted_slices") is not None:
@@ -147,6 +148,8 @@ def _notes(row: dict[str, Any]) -> Iterator[str]:
         yield f"nothing learned for later images since {row['reasons'][0]}" if row.get("reasons") else "nothing learned"
     if row.get("dropped"):
         yield f"left out to save passes: {' and '.join(row['dropped'])}"
+    if row.get("elsewhere"):
+        yield "unlike the images before"
     monitor = row.get("monitor") or {}
     if monitor.get("alarm"):
         yield f"ALARM: the images have changed ({monitor.get('signal')})"

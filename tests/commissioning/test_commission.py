@@ -306,6 +306,22 @@ def test_corrector_whose_fit_overflows_is_left_out_with_the_reason(monkeypatch: 
     assert "the image is constant" in result.skipped["none + prompts"]
 
 
+def test_setting_that_cannot_be_fitted_to_all_images_is_not_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    labelled = site(8, shift=0.3)
+
+    def overflowing(network: nn.Module, images: list, *rest: Any) -> Correction:
+        if len(images) == len(labelled):
+            raise ValueError("the network's activations overflow")
+        return fit_norms(network, images, *rest)
+
+    monkeypatch.setitem(TRAINED, "norms", overflowing)
+    found = commission(segmenter(), labelled, candidates=["none + norms"])
+    assert not found.certified
+    assert found.chosen == "none"
+    assert isinstance(found.method, Source)
+    assert "cannot be fitted to all images (the network's activations overflow)" in found.statement
+
+
 def test_images_without_a_finite_gradient_move_no_share() -> None:
     class Overflowing(nn.Module):
         def forward(self, image: torch.Tensor) -> torch.Tensor:

@@ -147,7 +147,7 @@ def test_handlers_keep_their_level_and_warnings_their_line(monkeypatch: pytest.M
         ({"loss_before": None}, ""),
         (
             {"evidence": 0.333, "adapted_weight": 0.69, "disagreement": 0.0537},
-            "evidence of a shift 33%, adapted prediction weighs 69%, the views disagree by 5.4%",
+            "evidence of a shift 33 %, adapted prediction weighs 69 %, the views disagree by 5.4 %",
         ),
         ({"decision": "unadapted", "reasons": ["far"]}, "predicted without adaptation since far"),
         ({"decision": "adapted", "learned": False, "reasons": ["far"]}, "nothing learned for later images since far"),
