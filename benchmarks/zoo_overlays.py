@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 import mgipt_monai
 from mgipt_monai import RecordFile
-from mgipt_monai.utils.files import root_cause
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ADAPT, MEASURE = (CONFIGS / f"existing_{name}.yaml" for name in ("bundle", "source_statistics"))
@@ -264,7 +263,7 @@ def outcome(bundle: Bundle, root: Path) -> tuple[str, str]:
     try:
         run(config)
     except Exception as error:
-        return "DEFECT", f"of the config itself, which does not run without the overlay: {root_cause(error)}"
+        return "DEFECT", f"of the config itself, which does not run without the overlay: {first_cause(error)}"
     few = {"adaptation#steps": 1, "output_dir": str(root / "adapted"), **bundle.settings}
     try:
         if not any(isinstance(layer, nn.modules.batchnorm._BatchNorm) for layer in network.modules()):
@@ -272,7 +271,8 @@ def outcome(bundle: Bundle, root: Path) -> tuple[str, str]:
             few["statistics_path"] = str(root / "adaptation" / "source_statistics.pt")
         parser = run(config, [ADAPT], **few)
     except Exception as error:
-        return ("refused" if is_refusal(error) else "DEFECT"), root_cause(error)
+        cause = first_cause(error)
+        return ("refused" if is_refusal(cause) else "DEFECT"), str(cause)
     return verdict(parser, root, sides, weights, bundle.writes)
 
 
@@ -292,10 +292,15 @@ def verdict(
     return "green", ", ".join(f"{row['forwards']} F" for row in rows)
 
 
-def is_refusal(error: BaseException) -> bool:
-    """Whether the package itself raised the error, in place of something that broke inside."""
+def first_cause(error: BaseException) -> BaseException:
+    """Return what MONAI's config parser and ignite have wrapped."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the package itself raised the error, in place of something that broke inside."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return Path(last.filename).is_relative_to(Path(mgipt_monai.__file__).parent)
 
