@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays `configs/existing_bundle.yaml` over configs like those of MONAI's model zoo: what adapts, what is refused.
 
-    python benchmarks/zoo_overlays.py                   # all, in some minutes
+    python benchmarks/zoo_overlays.py                   # all, in half an hour on a busy core
     python benchmarks/zoo_overlays.py --only SwinUNETR  # those whose name has this in it
 
 The configs are made here, with the zoo's networks (small ones, random weights), its ways to cut images, and two random
