@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from monai.data import MetaTensor
-from monai.inferers import Inferer, SimpleInferer, SliceInferer
+from monai.inferers import Inferer, SimpleInferer, SliceInferer, SlidingWindowInferer
+from monai.utils import fall_back_tuple
 from torch import Tensor, nn
 
 from mgipt_monai.methods.base import AdaptationMethod
@@ -39,7 +40,7 @@ class AdaptiveInferer(Inferer):
         slices: for a ``SliceInferer`` (a 2D network on volumes). ``shared`` treats a volume as one image with one
             prompt for all slices: one scanner made them, and neighbouring slices stay consistent. ``own`` treats each
             slice as an image with its own prompt, at the cost of one adaptation per slice; constant slices are
-            predicted without adaptation.
+            predicted without adaptation. Slices are cut or padded to the inferer's windows in either case.
         side_by_side: whether the method also predicts without adaptation, see :meth:`AdaptationMethod.compare`.
 
     Raises:
@@ -102,7 +103,7 @@ class AdaptiveInferer(Inferer):
             raise TypeError(f"AdaptiveInferer passes only images to the network, got also {[*args, *kwargs]}")
         with method_turn(self.method):
             self.bind(network)
-            self.method.predict_through(*self._route())
+            self.method.predict_through(*self._route(inputs))
             return self._slice_by_slice(inputs) if self.slices == "own" else self.method(inputs)
 
     def with_method(self, method: AdaptationMethod) -> AdaptiveInferer:
@@ -124,8 +125,18 @@ class AdaptiveInferer(Inferer):
         elif network is not self.method.network:
             self.method.bind(network)
 
-    def _route(self) -> tuple[Inferer, int]:
-        return (SimpleInferer() if self.slices == "own" else self.inferer), self.windows
+    def _route(self, volumes: Tensor | None = None) -> tuple[Inferer, int]:
+        if self.slices == "shared":
+            return self.inferer, self.windows
+        assert isinstance(self.inferer, SliceInferer)  # checked at construction
+        cut = self.inferer
+        if volumes is not None:
+            sides = [n for axis, n in enumerate(volumes.shape[2:]) if axis != cut.spatial_dim]
+            window = fall_back_tuple(cut.orig_roi_size, sides)
+            if list(window) != sides:  # a slice has windows itself, or is padded to one
+                how = (cut.overlap, cut.mode, cut.sigma_scale, cut.padding_mode, cut.cval, cut.sw_device, cut.device)
+                return SlidingWindowInferer(window, cut.sw_batch_size, *how), self.windows
+        return SimpleInferer(), self.windows
 
     def _slice_by_slice(self, volumes: Tensor) -> Tensor:
         assert isinstance(self.inferer, SliceInferer)  # checked at construction
@@ -147,9 +158,9 @@ class AdaptiveInferer(Inferer):
     def _one_slice(self, image: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """Return the logits of a slice, those without adaptation if they are asked for, and its record."""
         if image.min() == image.max():
-            with torch.no_grad(), network_turn(self.method.network):
-                logits = self.method.route.run(self.method.network, image)
-            return logits, logits, {"forwards": 1, "backwards": 0}
+            with network_turn(self.method.network):
+                logits, forwards = self.method._predict_unadapted(image)
+            return logits, logits, {"forwards": forwards, "backwards": 0}
         return self.method(image), self.method.unadapted, self.method.last[0]
 
 

@@ -79,6 +79,12 @@ def test_python_of_a_page_runs_in_one_go(page: Path, monkeypatch: pytest.MonkeyP
             exec(block["code"], names)
 
 
+def test_every_host_takes_five_lines_at_most() -> None:
+    _given, *hosts = blocks(DOCS / "how-to" / "other-hosts.md")
+    assert len(hosts) == 9
+    assert max(sum(bool(line) for line in block["code"].splitlines()) for block in hosts) <= 5
+
+
 @pytest.mark.parametrize("page", of(*PAGES, language="yaml"))
 def test_yaml_of_a_page_is_a_config(page: Path) -> None:
     for block in blocks(page):

@@ -21,6 +21,7 @@ from mgipt_monai import (
     MGIPT,
     AdaptiveInferer,
     RecordFile,
+    Source,
     SourceStatistics,
     SourceStatisticsHandler,
     TestTimeAdaptationHandler,
@@ -168,6 +169,20 @@ def test_windows_passed_as_images_are_refused_with_the_right_way() -> None:
     TestTimeAdaptationHandler(mgipt).attach(engine)
     engine.run()
     assert mgipt.images_seen == 1  # of the handler's new stream
+
+
+@pytest.mark.parametrize("roi_size", [(16, 16), (12, 24), (20, -1)])
+def test_slices_on_their_own_are_cut_and_padded_as_the_pipeline_does(roi_size: tuple[int, int]) -> None:
+    volume, network = volumes(1)[0], tiny_network(2, 1).eval()
+    volume[..., 3] = 0.5  # a constant slice too
+    slices = SliceInferer(roi_size=roi_size, sw_batch_size=2, spatial_dim=2, overlap=0.5, mode="gaussian")
+    with torch.no_grad():
+        expected = slices(volume, network)
+    source = Source(network)
+    torch.testing.assert_close(AdaptiveInferer(source, slices, slices="own")(volume, network), expected)
+    adapted = AdaptiveInferer(MGIPT(network, steps=1), slices, slices="own")
+    assert adapted(volume, network).shape == expected.shape
+    assert adapted.method.last[0]["adapted_slices"] == volume.shape[-1] - 1
 
 
 def test_the_slices_of_a_volume_can_have_prompts_of_their_own_in_any_evaluator(tmp_path: Path) -> None:

@@ -190,6 +190,10 @@ def test_without_statistics_the_error_names_the_overlay_that_makes_them(tmp_path
             "not through a SaliencyInferer",
         ),
         (
+            {"inferer": {"_target_": "SlidingWindowInferer", "roi_size": 16, "with_coord": True}},
+            r"with_coord=True\) passes the place of each window to the network.*set with_coord=False",
+        ),
+        (
             {"_target_": "EnsembleEvaluator", "networks": "$[@net]", "pred_keys": ["pred"]},
             r"EnsembleEvaluator\(networks=\[MGIPT",
         ),

@@ -95,6 +95,11 @@ class ForwardRoute:
                 "adaptation predicts through a SimpleInferer, SlidingWindowInferer or SliceInferer, not through a "
                 f"{type(inferer).__name__}"
             )
+        if getattr(inferer, "with_coord", False):
+            raise TypeError(
+                f"{type(inferer).__name__}(with_coord=True) passes the place of each window to the network, and "
+                "adaptation passes images only: set with_coord=False, or use a network that takes only the image"
+            )
         if windows < 1:
             raise ValueError(f"windows must be at least 1, got {windows}")
         self.inferer, self.windows = inferer, windows
