@@ -70,7 +70,7 @@ clean:
 
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,examples,test]"
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[demo,test]"
 	touch $@
 
 $(LABEL_VENV)/.installed: label/requirements.txt setup.cfg
