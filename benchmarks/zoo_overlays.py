@@ -318,7 +318,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the names of the bundles to run")
     words = parser.parse_args(arguments)
-    logging.disable(logging.CRITICAL)
     found = []
     for name, result, detail in table([name for name in bundles() if words.only in name]):
         print(f"| {name} | {result} | {detail.splitlines()[0]} |", flush=True)
@@ -328,4 +327,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
     sys.exit(main())

@@ -9,7 +9,6 @@ import os
 import re
 import shlex
 import sys
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -196,7 +195,6 @@ class BundleRun:
 
     def run(self) -> None:
         """Run it, as MONAI does."""
-        warnings.filterwarnings("ignore", "NvImgCodecPydicomReader")  # a decoder that MONAI does without
         workflow = ConfigWorkflow(config_file=[os.fspath(file) for file in self.configs], **self.settings)
         workflow.initialize()
         workflow.run()
