@@ -71,6 +71,18 @@ def record_charts(rows: Sequence[Row]) -> list[Chart]:
                 "means another scanner or other images.",
             )
         )
+    if any(row.get("quality") for row in rows):
+        least = [row | {"least": min(row["quality"].values())} if row.get("quality") else row for row in rows]
+        charts.append(
+            _lines(
+                least,
+                {"least": ("quality", MAIN, "o")},
+                "Quality",
+                "expected Dice",
+                "Dice that the network expects of its mask, least of the classes. Without commissioning it is a score, "
+                "not an estimate.",
+            )
+        )
     if any("prompt_norm" in row for row in rows):
         charts.append(
             _lines(

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from mgipt_monai.installed import require
-from mgipt_monai.stream.records import check_metrics, is_number
+from mgipt_monai.stream.records import check_figures, is_number
 from mgipt_monai.stream.summary import aligned, drift_alarms, image_means
 
 from .tables import percent
@@ -29,7 +29,15 @@ __all__ = ["Period", "Row", "alerts", "main", "read_records", "record_table", "t
 Row = dict[str, Any]
 Period = Literal["day", "month"]
 
-TYPES: dict[str, type] = {"status": str, "site": str, "time": str, "decision": str, "learned": bool, "monitor": dict}
+TYPES: dict[str, type] = {
+    "status": str,
+    "site": str,
+    "time": str,
+    "decision": str,
+    "learned": bool,
+    "monitor": dict,
+    "elsewhere": bool,
+}
 NUMBERS = ("seconds", "forwards", "backwards", "loss_before", "loss_after", "prompt_norm")
 
 HEADS = ["site", "", "images", "failed", "adapted", "unadapted", "learned", "s/image", "F", "DSC"]
@@ -79,7 +87,7 @@ def time_of(row: Row) -> datetime | None:
 def _parse(line: bytes) -> Row | None:
     try:
         row = {key: value for key, value in json.loads(line).items() if value is not None}
-        check_metrics(row.get("metrics"))
+        check_figures(row)
         fits = (
             row["status"] in ("ok", "failed")
             and all(isinstance(row[key], TYPES[key]) for key in TYPES.keys() & row.keys())
@@ -142,7 +150,16 @@ def alerts(rows: Sequence[Row]) -> list[str]:
         ['2 of the latest 20 images failed']
     """
     done = [row for row in rows if row["status"] == "ok"]
-    return [*drift_alarms(rows), *_failures(rows), *_fallbacks(done), *_losses(done), *_prompts(done), *_gaps(rows)]
+    of_images = [*_failures(rows), *_elsewhere(done), *_fallbacks(done), *_losses(done), *_prompts(done)]
+    return [*drift_alarms(rows), *of_images, *_gaps(rows)]
+
+
+def _elsewhere(done: Sequence[Row]) -> Iterator[str]:
+    if names := [str(row.get("name", "")) for row in done[-LATEST:] if row.get("elsewhere")]:
+        yield (
+            f"{len(names)} of the latest {len(done[-LATEST:])} images are unlike those before, the last one "
+            f"{names[-1]}: another scanner, another organ, or a fault?"
+        )
 
 
 def _failures(rows: Sequence[Row]) -> Iterator[str]:

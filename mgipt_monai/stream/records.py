@@ -23,8 +23,8 @@ __all__ = [
     "AuditTrail",
     "Identifiers",
     "RecordFile",
+    "check_figures",
     "check_identifiers",
-    "check_metrics",
     "hidden_name",
     "is_number",
     "json_types",
@@ -176,7 +176,7 @@ def check_row(row: dict[str, Any]) -> None:
         Traceback (most recent call last):
         ValueError: status is 'done'
     """
-    status, metrics = row.get("status"), row.get("metrics")
+    status = row.get("status")
     if status not in ("ok", "failed"):
         raise ValueError(f"status is {status!r}")
     texts = ["name", *(["reason"] if status == "failed" else [])]
@@ -189,16 +189,22 @@ def check_row(row: dict[str, Any]) -> None:
         seconds = 0.0
     if not is_number(seconds):
         raise ValueError("seconds is no number")
-    check_metrics(metrics)
+    check_figures(row)
 
 
-def check_metrics(metrics: Any) -> None:
-    """Raise ValueError unless a record's metrics are None, or numbers (None where undefined) by metric and class."""
-    tables = metrics.values() if isinstance(metrics, dict) else [] if metrics is None else [metrics]
-    if not all(isinstance(table, dict) for table in tables):
-        raise ValueError("metrics is no table")
-    if not all(value is None or is_number(value) for table in tables for value in table.values()):
-        raise ValueError("metrics has values that are no numbers")
+def check_figures(row: dict[str, Any]) -> None:
+    """Raise ValueError unless a record's figures are None or tables of numbers, as :class:`RecordFile` writes them."""
+    for key in ("metrics", "unadapted_metrics", "agreement", "quality"):
+        found = row.get(key)
+        tables = (
+            found.values() if isinstance(found, dict) and key.endswith("metrics") else [{} if found is None else found]
+        )
+        if not all(isinstance(table, dict) for table in tables):
+            raise ValueError(f"{key} is no table")
+        least = (int, float) if key in ("agreement", "quality") else (int, float, type(None))
+        for value in (value for table in tables for value in table.values()):
+            if not (isinstance(value, least) and (value is None or is_number(value))):
+                raise ValueError(f"{key} has values that are no numbers")
 
 
 def is_number(value: Any) -> bool:

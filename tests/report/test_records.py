@@ -129,6 +129,22 @@ def test_a_monitor_with_other_types_does_no_harm(tmp_path: Path, monitor: object
     records.main([str(path), "--html", str(tmp_path / "page.html")])
 
 
+def test_quality_is_drawn_and_odd_images_are_an_alert() -> None:
+    rows = [row(i, quality={"disc": 0.9, "cup": 0.7}, elsewhere=False) for i in range(5)]
+    assert "Quality" in [chart.title for chart in record_charts(rows)]
+    assert "Quality" not in [chart.title for chart in record_charts([row(0), row(1)])]
+    assert not [alert for alert in alerts(rows) if "unlike" in alert]
+    rows[-1] |= {"elsewhere": True, "name": "A/brain"}
+    assert "1 of the latest 5 images are unlike those before, the last one A/brain" in " ".join(alerts(rows))
+
+
+@pytest.mark.parametrize("figures", [{"quality": {"disc": None}}, {"quality": [0.5]}, {"agreement": {"disc": "all"}}])
+def test_figures_that_are_no_numbers_are_no_record(tmp_path: Path, figures: dict) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps({"name": "a", "status": "ok", "seconds": 1.0, **figures}) + "\n")
+    assert read_records([path]) == ([], 1)
+
+
 def test_changes_below_the_limits_are_no_alerts() -> None:
     rows = [*(row(i) for i in range(120)), failed(120), *(row(i, decision="unadapted") for i in range(121, 124))]
     assert alerts([*rows, row(124, prompt_norm=15.9), row(147)]) == []
