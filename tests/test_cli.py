@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -273,6 +274,9 @@ def test_commands_have_help_with_an_example(capsys: pytest.CaptureFixture) -> No
         assert name in listed or name in cli.ALIASES
         with pytest.raises(SystemExit) as caught:
             cli.main([name, "--help"])
+        if name.startswith("nnunet") and find_spec("nnunetv2") is None:
+            assert 'pip install "mgipt_monai[nnunet]"' in capsys.readouterr().err
+            continue
         assert caught.value.code == 0
         shown = capsys.readouterr().out
         assert f"example: mgipt {cli.ALIASES.get(name, name)} " in shown or name == "path"
