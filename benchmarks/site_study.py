@@ -106,7 +106,7 @@ def study(configs: Sequence[str], prompts: bool, **settings: object) -> None:
     """Process the stream and print both tables."""
     workflow = ConfigWorkflow(
         config_file=[*CONFIGS, *configs], workflow_type="infer", logging_file=False, bundle_root=str(ROOT / "bundle"),
-        output_dir="unused", **settings,
+        stream="@found_images", **settings,  # nothing is written
     )  # fmt: skip
     workflow.parser["handlers"], workflow.parser["evaluator#summary_path"] = [], None
     workflow.initialize()

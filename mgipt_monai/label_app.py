@@ -141,9 +141,11 @@ def write_label_bundle(
 
 def _check_target(bundle: Path, folder: Path) -> None:
     written = folder / "configs" / "inference.yaml"
-    theirs = written.is_file() and "mgipt_monai.PersistentInferer" not in written.read_text(encoding="utf-8")
-    if theirs or written.with_suffix(".json").is_file() or folder.resolve() == bundle.resolve():
-        raise FileExistsError(f"{folder} is a bundle that this command did not write: give another --name")
+    ours = written.is_file() and "mgipt_monai.PersistentInferer" in written.read_text(encoding="utf-8")
+    # before the first time there may be the state of a server, and nothing else that could be written over
+    others = [path.name for path in folder.iterdir() if path.name != "adaptation"] if folder.is_dir() else []
+    if (others and not ours) or written.with_suffix(".json").is_file() or folder.resolve() == bundle.resolve():
+        raise FileExistsError(f"{folder} has files that this command did not write: give another --name")
     others = sorted(path.name for path in (folder / "models").glob("*.pt") if path.name != "model.pt")
     if others:
         raise ValueError(

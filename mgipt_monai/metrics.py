@@ -117,7 +117,9 @@ def expected_dice(probabilities: Tensor, masks: Tensor) -> list[float]:
     """
     found = []
     for probability, mask in zip(probabilities.flatten(1), masks.flatten(1) > 0, strict=True):
-        both, total = probability[mask].double().sum(), probability.double().sum() + mask.sum()
+        # summed in double precision without a copy of the volume
+        both, whole = (values.sum(dtype=torch.float64) for values in (probability[mask], probability))
+        total = whole + mask.sum()
         found.append(float(2 * both / total) if mask.any() else 1 - float(probability.max()))
     return found
 

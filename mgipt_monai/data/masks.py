@@ -15,7 +15,6 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import convert_to_tensor
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional
 
 from mgipt_monai.data.dicom import DICOM_VOLUME
 from mgipt_monai.data.outputs import MASK_ENDINGS, UNCERTAINTY
@@ -307,8 +306,8 @@ class EstimateQualityd(MapTransform):
         if self.head == "sigmoid":
             masks = likely > 0.5
         else:
-            masks = functional.one_hot(likely.argmax(dim=0), len(likely)).movedim(-1, 0)[1:]
-            likely = likely[1:]
+            labels, likely = likely.argmax(dim=0), likely[1:]
+            masks = torch.stack([labels == channel for channel in range(1, len(likely) + 1)])
         quality = expected_dice(likely, masks)
         if self.calibration is not None:
             if len(self.calibration) != len(quality):

@@ -14,9 +14,9 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
-from mgipt_monai.methods.parts import TakesOutput, plain_settings
+from mgipt_monai.methods.parts import plain_settings
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
-from mgipt_monai.networks.alignment.windows import ForwardRoute, check_no_window, method_turn, network_turn
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Output, check_no_window, method_turn, network_turn
 from mgipt_monai.utils.state_checks import check_keys, check_number
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Prediction(NamedTuple):
     unadapted: Tensor | None = None
 
 
-class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
+class AdaptationMethod(nn.Module, ABC):
     """A segmentation network with test-time adaptation, called like the network itself.
 
     A call adapts to each image of the batch in turn and returns its logits. It works inside ``torch.no_grad()``,
@@ -58,11 +58,12 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
 
     Args:
         network: the source network; it is frozen (no parameter requires a gradient) and set to evaluation mode.
-        output: of every method, by keyword: which of the network's outputs are its logits, if it returns several: key,
-            index, or a function of the output.
+        output: which of the network's outputs are its logits, if it returns several: key, index, or a function of the
+            output.
 
     Raises:
-        TypeError: for a TorchScript network, whose layers are not accessible, or a network that already adapts.
+        TypeError: for a TorchScript network, whose layers are not accessible, a network that already adapts, or an
+            ``output`` of another type.
 
     Attributes:
         network: the frozen source network.
@@ -84,12 +85,12 @@ class AdaptationMethod(nn.Module, ABC, metaclass=TakesOutput):
     statistics: SourceStatistics | None = None
     """Source statistics for a network that does not store them."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, output: Output | None = None) -> None:
         super().__init__()
         self.images_seen = 0
         self.last: list[dict[str, Any]] = []
         self.uncertainty: Tensor | None = None
-        self.route = ForwardRoute()
+        self.route = ForwardRoute(output=output)
         self._rollback: dict[str, Any] | None = None
         self.bind(network)
 

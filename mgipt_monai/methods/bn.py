@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.networks.alignment.windows import Output
 
 __all__ = ["BatchNormAdaptation"]
 
@@ -26,6 +27,7 @@ class BatchNormAdaptation(AdaptationMethod):
         network: the source network, with batch norm that stores its statistics.
         source_weight: weight of the source's statistics in [0, 1]: 0 uses only the image's own, 1 only the source's.
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a weight out of range, or a network without usable norm layers.
@@ -38,9 +40,15 @@ class BatchNormAdaptation(AdaptationMethod):
 
     takes_windows = True
 
-    def __init__(self, network: nn.Module, source_weight: float = 0.0, aligned_layers: str | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        source_weight: float = 0.0,
+        aligned_layers: str | None = None,
+        output: Output | None = None,
+    ) -> None:
         self.source_weight, self.aligned_layers = source_weight, aligned_layers
-        super().__init__(network)
+        super().__init__(network, output)
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
         self.norms.start(image)

@@ -28,6 +28,7 @@ from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
 from mgipt_monai.networks.alignment.norms import Normalization
 from mgipt_monai.networks.alignment.source_statistics import read_statistics
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.ensemble import ConfidenceEnsemble, MeanEnsemble, disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, PhotometricJitter, check_head, consistency_score
 from mgipt_monai.networks.prompts.frequency import Offset, prompt_offset
@@ -75,6 +76,7 @@ class MGIPT(Remembering):
         global_sizes: sides of the global prompts (3, 5, 7); empty leaves them out.
         offset: makes z-scored images start at zero for the prompts (``auto``), see :func:`prompt_offset`.
         prompted_channels: channels of the image that are prompted; None for all. Clicks or guidance should not be.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
@@ -120,18 +122,18 @@ class MGIPT(Remembering):
         global_sizes: Sequence[int] | None = None,
         offset: Offset | None = None,
         prompted_channels: Sequence[int] | None = None,
+        output: Output | None = None,
     ) -> None:
         if tuning not in get_args(Tuning):
             raise ValueError(f"tuning must be one of {', '.join(get_args(Tuning))}; got {tuning!r}")
         check_head(head)
         self.aligned_layers, self.source_weight = aligned_layers, source_weight
         self.statistics = read_statistics(statistics)
-        super().__init__(network, memory)
+        super().__init__(network, memory, output)
         self.tuning, self.head, self.seed = tuning, head, seed
         shared = {"lr": lr, "offset": offset, "channels": prompted_channels}
-        self.instance_prompt = build_part(
-            InstancePrompt, instance_prompt, shared, own={"steps": steps, "sizes": instance_sizes}
-        )
+        own = {"steps": steps, "sizes": instance_sizes}
+        self.instance_prompt = build_part(InstancePrompt, instance_prompt, shared, own)
         self.global_prompts = build_part(GlobalPrompts, global_prompts, shared, own={"sizes": global_sizes})
         if not self.instance_prompt.sizes and not self.global_prompts.sizes:
             raise ValueError("instance_sizes and global_sizes are both empty: nothing would be adapted; use Source")
@@ -279,8 +281,8 @@ class MGIPT(Remembering):
 
     def _state_record(self) -> dict[str, Any]:
         norm = math.hypot(*[(teacher - 1).norm().item() for teacher in self.global_prompts.teachers])
-        record = {**super()._state_record(), "prompt_norm": norm}
-        return record if self.max_forwards is None else {**record, "dropped": self._dropped}
+        dropped = {} if self.max_forwards is None else {"dropped": self._dropped}
+        return {**super()._state_record(), "prompt_norm": norm, **dropped}
 
     def _bound(self) -> None:
         self.norms = AlignedNorms(self.network, self.aligned_layers, self.source_weight, self.statistics, self.route)

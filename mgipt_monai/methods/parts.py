@@ -1,34 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What methods are built of: the settings of their parts, and the keyword that all of them take."""
+"""The parts that a method is built of, and their settings as plain values."""
 
 from __future__ import annotations
 
-from abc import ABCMeta
 from typing import Any, TypeVar
 
 from monai.transforms import Randomizable
 from torch import nn
 
-from mgipt_monai.networks.alignment.windows import Output
-
-__all__ = ["TakesOutput", "build_part", "plain_settings"]
+__all__ = ["build_part", "plain_settings"]
 
 NOT_SETTINGS = {"network", "training", "images_seen", "last", "uncertainty", "unadapted", "side_by_side"}
 
 Part = TypeVar("Part")
-
-
-class TakesOutput(ABCMeta):
-    """Lets every method take ``output``, so that no constructor has to repeat it."""
-
-    def __call__(cls, *args: Any, output: Output | None = None, **settings: Any) -> Any:
-        """Build a method."""
-        if isinstance(output, bool) or not (output is None or isinstance(output, (str, int)) or callable(output)):
-            raise TypeError(f"output must be a key, an index or a function of the network's output, got {output!r}")
-        method = super().__call__(*args, **settings)
-        if output is not None:
-            method.route.output = output
-        return method
 
 
 def plain_settings(part: Any) -> dict[str, Any]:

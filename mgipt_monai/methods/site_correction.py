@@ -14,6 +14,7 @@ from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.ensemble import disagreement
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.state_checks import check_keys
@@ -42,6 +43,7 @@ class SiteCorrection(Remembering):
         image_share: weight of the image's own statistics in the third prediction, in [0, 1].
         aligned_layers: regular expression on the names of the norm layers to correct; None corrects all.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers.
@@ -67,6 +69,7 @@ class SiteCorrection(Remembering):
         image_share: float = 0.2,
         aligned_layers: str | None = None,
         head: Head = "sigmoid",
+        output: Output | None = None,
     ) -> None:
         if not 0 < trust < float("inf"):
             raise ValueError(f"trust must be above 0, got {trust}")
@@ -74,7 +77,7 @@ class SiteCorrection(Remembering):
             raise ValueError(f"image_share must be in [0, 1], got {image_share}")
         check_head(head)
         self.trust, self.image_share, self.aligned_layers, self.head = trust, image_share, aligned_layers, head
-        super().__init__(network, memory)
+        super().__init__(network, memory, output)
         self.site = SiteStatistics() if site is None else site
 
     @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mgipt_monai.methods.base import AdaptationMethod
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor, is_whole
 
 __all__ = ["Remembering", "SiteMemory"]
@@ -209,10 +210,13 @@ class Remembering(AdaptationMethod):
     Args:
         network: see :class:`AdaptationMethod`.
         memory: ``default`` uses :class:`SiteMemory` with its defaults; with None all images count alike.
+        output: see :class:`AdaptationMethod`.
     """
 
-    def __init__(self, network: nn.Module, memory: SiteMemory | Literal["default"] | None) -> None:
-        super().__init__(network)
+    def __init__(
+        self, network: nn.Module, memory: SiteMemory | Literal["default"] | None, output: Output | None = None
+    ) -> None:
+        super().__init__(network, output)
         self.memory = SiteMemory() if memory == "default" else memory
 
     @abstractmethod

@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment.norms import AlignedNorms, BlendedNorms
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.prompts.frequency import (
     LowFrequencies,
     Offset,
@@ -64,6 +65,7 @@ class VPTTA(AdaptationMethod):
         statistics: a statistics file or its content, see :class:`MGIPT`; it is the source's part of the blend that
             layers are aligned with.
         aligned_layers: regular expression on the names of the norm layers to align; None aligns all.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; at the first
@@ -94,6 +96,7 @@ class VPTTA(AdaptationMethod):
         prompted_channels: Sequence[int] | None = None,
         statistics: SourceStatistics | str | os.PathLike | None = None,
         aligned_layers: str | None = None,
+        output: Output | None = None,
     ) -> None:
         betas = check_step(lr, betas)
         for name, value in (("side", side), ("memory_size", memory_size), ("neighbours", neighbours)):
@@ -106,7 +109,7 @@ class VPTTA(AdaptationMethod):
         if start not in get_args(Start):
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
         self.aligned_layers, self.statistics = aligned_layers, read_statistics(statistics)
-        super().__init__(network)
+        super().__init__(network, output)
         self.lr, self.betas, self.side, self.centred = lr, betas, side, centred
         self.offset, self.prompted_channels = check_offset(offset), check_channels(prompted_channels)
         self.memory_size, self.neighbours, self.warm_n, self.start = memory_size, neighbours, warm_n, start

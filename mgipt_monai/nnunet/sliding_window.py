@@ -31,28 +31,33 @@ class _Forward(nn.Module):
 
 
 class _OwnPrediction:
-    """Runs a predictor's own sliding window: its patches, Gaussian weights, mirroring, autocast and half precision."""
+    """Makes an inferer run a predictor's own sliding window: its patches, weights, mirroring and precision."""
 
-    def __init__(self, predictor: nnUNetPredictor) -> None:
-        self.predictor = copy.copy(predictor)
-        self.predictor.network = self.predictor.list_of_parameters = None
-        self.sides = [int(side) for side in predictor.configuration_manager.patch_size]
-        self.overlap = 1 - predictor.tile_step_size
+    def _take(self, predictor: nnUNetPredictor) -> None:
+        self._predictor = copy.copy(predictor)
+        self._predictor.network = self._predictor.list_of_parameters = None
         axes = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
+        # a resumed stream must have the same
         self.mirror_axes = "" if axes is None else ", ".join(map(str, axes))
+        self.gaussian = predictor.use_gaussian
 
-    def predict(self, images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
-        predictor = copy.copy(self.predictor)  # of this call, as other threads may predict at the same time
+    def __call__(self, inputs: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
+        """Predict images (B, C, \\*spatial), in the range of nnU-Net's preprocessing: logits (B, K, \\*spatial)."""
+        predictor = copy.copy(self._predictor)  # of this call, as other threads may predict at the same time
         predictor.network = _Forward(network)
-        flat = images.ndim == 4  # nnU-Net takes a 2D image for a volume with one slice
+        flat = inputs.ndim == 4  # nnU-Net takes a 2D image for a volume with one slice
         logits = []
-        for image in images:
+        for image in inputs:
             found = predictor.predict_sliding_window_return_logits(image[:, None] if flat else image)
-            logits.append((found[:, 0] if flat else found).to(images.device, torch.float32))
+            logits.append((found[:, 0] if flat else found).to(inputs.device, torch.float32))
         return torch.stack(logits)
 
 
-class NnunetWindows(SlidingWindowInferer):
+def _sides(predictor: nnUNetPredictor) -> list[int]:
+    return [int(side) for side in predictor.configuration_manager.patch_size]
+
+
+class NnunetWindows(_OwnPrediction, SlidingWindowInferer):  # type: ignore[misc] # is called with images alone
     """nnU-Net's prediction of an image in patches of as many axes as the image has.
 
     Mirrored passes and patches are forwards of one image. Logits are nnU-Net's own, in half precision as it computes
@@ -63,20 +68,11 @@ class NnunetWindows(SlidingWindowInferer):
     """
 
     def __init__(self, predictor: nnUNetPredictor) -> None:
-        own = _OwnPrediction(predictor)
-        super().__init__(own.sides, overlap=own.overlap)
-        # a resumed stream must have the same
-        self.mirror_axes, self.gaussian = own.mirror_axes, predictor.use_gaussian
-        self._own = own
-
-    def __call__(  # type: ignore[override] # nothing else than images
-        self, inputs: Tensor, network: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Predict images (B, C, \\*spatial), in the range of nnU-Net's preprocessing: logits (B, K, \\*spatial)."""
-        return self._own.predict(inputs, network)
+        super().__init__(_sides(predictor), overlap=1 - predictor.tile_step_size)
+        self._take(predictor)
 
 
-class NnunetSlices(SliceInferer):
+class NnunetSlices(_OwnPrediction, SliceInferer):  # type: ignore[misc] # is called with images alone
     """nnU-Net's prediction of a volume with a 2D configuration, slice by slice along the first axis.
 
     Args:
@@ -84,13 +80,5 @@ class NnunetSlices(SliceInferer):
     """
 
     def __init__(self, predictor: nnUNetPredictor) -> None:
-        own = _OwnPrediction(predictor)
-        super().__init__(spatial_dim=0, roi_size=own.sides, overlap=own.overlap)
-        self.mirror_axes, self.gaussian = own.mirror_axes, predictor.use_gaussian
-        self._own = own
-
-    def __call__(  # type: ignore[override] # nothing else than images
-        self, inputs: Tensor, network: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Predict images (B, C, \\*spatial) as :class:`NnunetWindows` does."""
-        return self._own.predict(inputs, network)
+        super().__init__(spatial_dim=0, roi_size=_sides(predictor), overlap=1 - predictor.tile_step_size)
+        self._take(predictor)

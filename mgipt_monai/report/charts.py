@@ -93,7 +93,7 @@ def stream_chart(folder: BenchmarkFolder, styles: Mapping[str, MethodStyle]) -> 
     rounds = ", dark vertical lines separate the rounds" if blocks[-1].round > 1 else ""
     return Chart(
         "Along the stream",
-        f"Each point is the mean DSC of the image and up to {half} images before and after it in the same visit to a "
+        f"Each point is the mean DSC of the image and up to {half} before and {half} after it in the same visit to a "
         f"site; every other visit is shaded{rounds}, and the lines break between visits and at failed images.",
         f"Running mean DSC along the stream, one line for each of {', '.join(styles)}.",
         as_svg(figure),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -193,18 +194,18 @@ def check_row(row: dict[str, Any]) -> None:
 
 
 def check_figures(row: dict[str, Any]) -> None:
-    """Raise ValueError unless a record's figures are None or tables of numbers, as :class:`RecordFile` writes them."""
+    """Raise ValueError unless a record's figures are as :class:`RecordFile` writes them, or absent.
+
+    Metrics are numbers (None where undefined) by metric and class, agreement and quality numbers by class.
+    """
     for key in ("metrics", "unadapted_metrics", "agreement", "quality"):
-        found = row.get(key)
-        tables = (
-            found.values() if isinstance(found, dict) and key.endswith("metrics") else [{} if found is None else found]
-        )
+        found, is_metric = row.get(key), key.endswith("metrics")
+        tables = list(found.values()) if is_metric and isinstance(found, dict) else [found] if found is not None else []
         if not all(isinstance(table, dict) for table in tables):
             raise ValueError(f"{key} is no table")
-        least = (int, float) if key in ("agreement", "quality") else (int, float, type(None))
-        for value in (value for table in tables for value in table.values()):
-            if not (isinstance(value, least) and (value is None or is_number(value))):
-                raise ValueError(f"{key} has values that are no numbers")
+        values = [value for table in tables for value in table.values()]
+        if not all(is_number(value) or (is_metric and value is None) for value in values):
+            raise ValueError(f"{key} has values that are no numbers")
 
 
 def is_number(value: Any) -> bool:
@@ -288,10 +289,12 @@ class AuditTrail:
 
     def set_aside(self) -> None:
         """Rename both files of an earlier run, ``records.jsonl`` to the first free ``records.1.jsonl``, and so on."""
-        path, number = self.file.path, 1
-        while (aside := path.with_suffix(f".{number}{path.suffix}")).exists():
-            number += 1
-        for file, name in ((path, aside), (self.runs_path, aside.with_suffix(".runs.json"))):
+        path = self.file.path
+        for number in itertools.count(1):
+            names = [path.with_suffix(f".{number}{end}") for end in (path.suffix, ".runs.json")]
+            if not any(os.path.lexists(name) for name in names):
+                break
+        for file, name in zip((path, self.runs_path), names, strict=True):
             if file.exists():
                 file.rename(name)
 

@@ -211,7 +211,9 @@ def aligned(lines: Sequence[Sequence[str]], texts: int = 1) -> str:
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.ljust(width) if i < texts else cell.rjust(width) for i, (cell, width) in enumerate(pairs))
+        "  ".join(
+            cell.ljust(width) if i < texts else cell.rjust(width) for i, (cell, width) in enumerate(pairs)
+        ).rstrip()
         for pairs in (list(zip(line, widths, strict=True)) for line in lines)
     )
 

@@ -143,8 +143,21 @@ def test_nothing_that_another_wrote_is_written_over(tmp_path: Path, capsys: pyte
     before = content(root)
     with pytest.raises(SystemExit):
         label_app.main(["--bundle", str(root), "--app", str(tmp_path / "app")])
-    assert "is a bundle that this command did not write: give another --name" in capsys.readouterr().err
+    assert "has files that this command did not write: give another --name" in capsys.readouterr().err
     assert content(root) == before
+
+
+def test_folder_with_files_of_another_is_refused_and_a_states_is_not(tmp_path: Path) -> None:
+    root, app = make_zoo_bundle(tmp_path / "b", "spleen_like"), tmp_path / "app"
+    (app / "scripts").mkdir(parents=True)
+    (app / "scripts" / "mine.py").write_text("mine")
+    with pytest.raises(FileExistsError, match="files that this command did not write"):
+        write_label_bundle(root, app)
+    assert content(app) == {app / "scripts" / "mine.py": b"mine"}
+    (app / "scripts").rename(app / "adaptation")
+    write_label_bundle(root, app)
+    write_label_bundle(root, app)  # again, over its own
+    assert (app / "adaptation" / "mine.py").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

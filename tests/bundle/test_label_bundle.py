@@ -100,6 +100,8 @@ def test_png_gives_the_mask_of_a_run_columns_first_and_the_stream_goes_on(
     assert set(np.unique(drawn)) == {0, 1, 2}
     assert json.loads(json.dumps(answer)) == answer
     assert answer["adaptation"]["position"] == 1
+    assert len(answer["quality"]) == 2
+    assert all(0 <= value <= 1 for value in answer["quality"])
     server = Server(folder)  # started again
     assert server.infer(image)[1]["adaptation"]["position"] == 2
     saved = (folder / "adaptation" / "stream.pt").read_bytes()

@@ -49,6 +49,19 @@ def run(folder: Path, data: list[dict], transform: Callable | None = None, **set
     return RecordFile(folder / "records.jsonl").read()
 
 
+def test_records_are_set_aside_under_names_that_nobody_has(tmp_path: Path) -> None:
+    (tmp_path / "records.1.runs.json").write_text("somebody's")
+    trail = AuditTrail(tmp_path / "records.jsonl")
+    for number in (2, 3):
+        trail.file.append({"name": f"eye_{number}"})
+        trail.runs_path.write_text(f"{number}")
+        trail.set_aside()
+        assert RecordFile(tmp_path / f"records.{number}.jsonl").read() == [{"name": f"eye_{number}"}]
+        assert (tmp_path / f"records.{number}.runs.json").read_text() == f"{number}"
+    assert (tmp_path / "records.1.runs.json").read_text() == "somebody's"
+    assert not trail.file.path.exists()
+
+
 def test_records_say_when_and_by_which_run(tmp_path: Path) -> None:
     rows = run(tmp_path, items(2))
     for row in rows:

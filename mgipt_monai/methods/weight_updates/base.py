@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_tensor
 
@@ -177,6 +178,7 @@ class WeightAdaptation(AdaptationMethod):
         aligned_layers: regular expression on the names of the norm layers that use the image's statistics and, in
             methods that adapt norm layers, are adapted; None: all.
         seed: seeds random numbers, with the image index.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range or a network without usable norm layers.
@@ -185,14 +187,20 @@ class WeightAdaptation(AdaptationMethod):
     _copy_type: type[TrainedCopy] = TrainedCopy
 
     def __init__(
-        self, network: nn.Module, *, head: Head = "sigmoid", aligned_layers: str | None = None, seed: int = 0
+        self,
+        network: nn.Module,
+        *,
+        head: Head = "sigmoid",
+        aligned_layers: str | None = None,
+        seed: int = 0,
+        output: Output | None = None,
     ) -> None:
         check_head(head)
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.head, self.aligned_layers, self.seed = head, aligned_layers, seed
         self.adapted: TrainedCopy | None = None
-        super().__init__(network)
+        super().__init__(network, output)
 
     @abstractmethod
     def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:

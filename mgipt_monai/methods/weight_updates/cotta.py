@@ -14,6 +14,7 @@ from mgipt_monai.methods.weight_updates.base import TrainedCopy, WeightAdaptatio
 from mgipt_monai.methods.weight_updates.losses import confidence, cross_entropy, logits_of, probabilities
 from mgipt_monai.methods.weight_updates.views import mean_probabilities, scales_and_flips
 from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.prompts.early_stop import Head
 from mgipt_monai.networks.prompts.frequency import check_step
 
@@ -88,6 +89,7 @@ class CoTTA(WeightAdaptation):
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         aligned_layers: regular expression on the names of the norm layers that use the image's statistics; None: all.
         seed: seeds the restore, with the image index.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers.
@@ -114,6 +116,7 @@ class CoTTA(WeightAdaptation):
         head: Head = "sigmoid",
         aligned_layers: str | None = None,
         seed: int = 0,
+        output: Output | None = None,
     ) -> None:
         betas = check_step(lr, betas)
         for name, value in (("decay", decay), ("restore_probability", restore_probability)):
@@ -125,7 +128,7 @@ class CoTTA(WeightAdaptation):
             raise ValueError(f"scales must be one or more numbers above 0 and up to 4, got {tuple(scales)}")
         self.lr, self.betas, self.decay, self.scales = lr, betas, decay, tuple(scales)
         self.restore_probability, self.confidence_threshold = restore_probability, confidence_threshold
-        super().__init__(network, head=head, aligned_layers=aligned_layers, seed=seed)
+        super().__init__(network, head=head, aligned_layers=aligned_layers, seed=seed, output=output)
 
     def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(weights, lr=self.lr, betas=self.betas)

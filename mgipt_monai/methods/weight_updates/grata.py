@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mgipt_monai.methods.weight_updates.base import TrainedCopy, WeightAdaptation
 from mgipt_monai.methods.weight_updates.losses import cross_entropy, entropy
 from mgipt_monai.methods.weight_updates.views import mean_probabilities, turns_and_flips
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.prompts.early_stop import Head, PhotometricJitter
 from mgipt_monai.networks.prompts.frequency import check_step
 
@@ -53,6 +54,7 @@ class GraTa(WeightAdaptation):
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
         seed: seeds the jitter.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers; for an image
@@ -77,11 +79,12 @@ class GraTa(WeightAdaptation):
         head: Head = "sigmoid",
         aligned_layers: str | None = None,
         seed: int = 0,
+        output: Output | None = None,
     ) -> None:
         betas = check_step(lr, betas)
         self.hard_labels, self.lr, self.betas = hard_labels, lr, betas
         self.jitter = PhotometricJitter() if jitter is None else jitter
-        super().__init__(network, head=head, aligned_layers=aligned_layers, seed=seed)
+        super().__init__(network, head=head, aligned_layers=aligned_layers, seed=seed, output=output)
 
     def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(weights, lr=self.lr, betas=self.betas)

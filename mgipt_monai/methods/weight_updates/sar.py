@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.methods.weight_updates.base import TrainedCopy, WeightAdaptation
 from mgipt_monai.methods.weight_updates.losses import class_count, entropy
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.prompts.early_stop import Head
 from mgipt_monai.networks.prompts.frequency import check_step
 from mgipt_monai.utils.state_checks import check_number
@@ -48,6 +49,7 @@ class SAR(WeightAdaptation):
             pixels would recover after every image and predict like :class:`BatchNormAdaptation`.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers.
@@ -71,6 +73,7 @@ class SAR(WeightAdaptation):
         recovery_threshold: float = 0.029,
         head: Head = "sigmoid",
         aligned_layers: str | None = None,
+        output: Output | None = None,
     ) -> None:
         check_step(lr, (0, 0))
         if not 0 <= momentum < 1:
@@ -83,7 +86,7 @@ class SAR(WeightAdaptation):
         self.lr, self.momentum, self.rho, self.margin = lr, momentum, rho, margin
         self.recovery_threshold = recovery_threshold
         self._average: float | None = None
-        super().__init__(network, head=head, aligned_layers=aligned_layers)
+        super().__init__(network, head=head, aligned_layers=aligned_layers, output=output)
 
     def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.SGD(weights, lr=self.lr, momentum=self.momentum)

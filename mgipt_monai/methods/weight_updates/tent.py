@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.methods.weight_updates.base import TrainedCopy, WeightAdaptation
 from mgipt_monai.methods.weight_updates.losses import entropy
+from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.prompts.early_stop import Head
 from mgipt_monai.networks.prompts.frequency import check_step
 
@@ -35,6 +36,7 @@ class Tent(WeightAdaptation):
         betas: Adam's betas.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background).
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
         ValueError: at construction, for a setting out of range, or a network without usable norm layers.
@@ -54,10 +56,11 @@ class Tent(WeightAdaptation):
         betas: tuple[float, float] = (0.9, 0.999),
         head: Head = "sigmoid",
         aligned_layers: str | None = None,
+        output: Output | None = None,
     ) -> None:
         betas = check_step(lr, betas)
         self.lr, self.betas = lr, betas
-        super().__init__(network, head=head, aligned_layers=aligned_layers)
+        super().__init__(network, head=head, aligned_layers=aligned_layers, output=output)
 
     def _optimizer(self, weights: list[nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.Adam(weights, lr=self.lr, betas=self.betas)

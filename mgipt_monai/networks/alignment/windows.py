@@ -53,6 +53,13 @@ class ForwardRoute:
     output: Output | None = None
     latest: Any = None
 
+    def __post_init__(self) -> None:
+        known = self.output is None or isinstance(self.output, (str, int)) or callable(self.output)
+        if isinstance(self.output, bool) or not known:
+            raise TypeError(
+                f"output must be a key, an index or a function of the network's output, got {self.output!r}"
+            )
+
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         """Run a network in the precision of its weights; images (B, C, \\*spatial) to float32 logits.
 
