@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,9 +67,11 @@ class _BesideBars:
     """A stream of text whose writing takes the bars away for its time."""
 
     def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+        self.stream, self.process = stream, os.getpid()
 
     def write(self, text: str) -> int:
+        if os.getpid() != self.process:  # a forked worker has no bar, and its copy of the lock may be held for ever
+            return self.stream.write(text)
         with tqdm.external_write_mode(file=self.stream):
             return self.stream.write(text)
 
@@ -98,6 +102,9 @@ def beside_bars() -> Iterator[None]:
             show(*args, **kwargs)
 
     with ExitStack() as stack:
+        # not tqdm's own lock, which processes share: one that is killed while it writes would stop all others for ever
+        stack.callback(tqdm.set_lock, tqdm.get_lock())
+        tqdm.set_lock(threading.RLock())
         if warn_only is not None:
             stack.callback(logging.root.removeHandler, warn_only)
         for handler in handlers.values():

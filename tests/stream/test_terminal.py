@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -160,3 +163,49 @@ def test_handlers_keep_their_level_and_warnings_their_line(monkeypatch: pytest.M
 def test_records_in_words(more: dict, words: str) -> None:
     said = in_words({"name": "A/eye", "status": "ok", "seconds": 0.5, **more})
     assert said == f"A/eye: {words}{', ' * bool(words)}0.50 s"
+
+
+class Deadly(io.StringIO):
+    """A text stream at which a process dies."""
+
+    def write(self, text: str) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return len(text)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs forked processes")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("is_worker", [False, True])
+def test_a_process_that_is_killed_while_it_logs_stops_no_other(
+    is_worker: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tqdm.get_lock()  # which all processes share from now on
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    logger, handler = logging.Logger("alone"), logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    monkeypatch.setitem(logging.Logger.manager.loggerDict, "alone", logger)
+
+    def die() -> None:
+        child = os.fork()
+        if not child:
+            if is_worker:  # of a loader, within the parent's block
+                handler.stream.stream = Deadly()
+                logger.warning("dying")
+            sys.stderr = handler.stream = Deadly()
+            with beside_bars():  # a run of its own
+                logger.warning("dying")
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+    def go_on() -> None:
+        with beside_bars():
+            if is_worker:
+                die()
+            logger.warning("alive")
+
+    if not is_worker:
+        die()
+    thread = threading.Thread(target=go_on, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert "alive" in sys.stderr.getvalue()
