@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mgipt_monai.methods.parts import plain_settings
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Output, check_no_window, method_turn, network_turn
-from mgipt_monai.utils.state_checks import check_keys, check_number
+from mgipt_monai.utils.state_checks import check_keys, check_number, is_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -193,10 +193,12 @@ class AdaptationMethod(nn.Module, ABC):
             torch.autocast(device_type=plain.device.type, enabled=False),
         ):
             self.network.eval()
-            # cloned: a tensor created in inference_mode cannot be used in a backward pass
-            for one in plain.detach().clone().float().split(1):
+            # in windows the volume itself: it is large, and they are cut out of it
+            is_whole, plain = isinstance(self.route.inferer, SimpleInferer), plain.detach()
+            # a tensor created in inference_mode cannot be used in a backward pass
+            for one in (plain.clone() if is_whole or plain.is_inference() else plain).float().split(1):
                 prediction = self._adapt_and_predict(one)
-                if not torch.isfinite(prediction.logits).all():
+                if not is_finite(prediction.logits):
                     raise ValueError("the prediction is not finite: check the network's weights")
                 if self.side_by_side and prediction.unadapted is None:
                     unadapted, forwards = self._predict_unadapted(one)
@@ -207,10 +209,11 @@ class AdaptationMethod(nn.Module, ABC):
                 self.images_seen += 1
         self.last = records
         maps = [prediction.uncertainty for prediction in done if prediction.uncertainty is not None]
-        self.uncertainty = torch.cat(maps) if maps else None
+        self.uncertainty = (torch.cat(maps) if len(maps) > 1 else maps[0]) if maps else None
         if self.side_by_side:
             self.unadapted = torch.cat([cast(Tensor, prediction.unadapted).detach() for prediction in done])
-        result = torch.cat([prediction.logits.detach() for prediction in done])
+        # a single volume is not copied
+        result = done[0].logits.detach() if len(done) == 1 else torch.cat([each.logits.detach() for each in done])
         if isinstance(image, MetaTensor):
             result = MetaTensor(result).copy_meta_from(image, keys=image.__dict__.keys())
         return result
@@ -392,7 +395,7 @@ def check_image(image: Tensor) -> None:
     """
     if image.ndim < 3:
         raise ValueError(f"expected a batch of images (B, C, *spatial), got shape {tuple(image.shape)}")
-    if not torch.isfinite(image).all():
+    if not is_finite(image):
         bad = int((~torch.isfinite(image)).sum())
         raise ValueError(f"the image has {bad} NaN or infinite values: repair the file or leave it out")
     values = image.flatten(1)

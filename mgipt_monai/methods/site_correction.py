@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, cast
 
 import torch
 from monai.inferers import SimpleInferer
@@ -15,11 +16,14 @@ from mgipt_monai.networks.alignment import AlignedNorms
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
 from mgipt_monai.networks.alignment.windows import Output
-from mgipt_monai.networks.ensemble import disagreement
+from mgipt_monai.networks.ensemble import disagreement, disagreement_map
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.state_checks import check_keys
 
 __all__ = ["SiteCorrection"]
+
+SLAB = 2**16
+"""Number of a window's voxels whose views are compared at once."""
 
 
 class SiteCorrection(Remembering):
@@ -85,25 +89,65 @@ class SiteCorrection(Remembering):
         norms, site = self.norms, self.site
         norms.start(image)
         site.begin()
-        with norms.signing():
-            source = norms.predict(image)
+        source: Tensor | None = None
+        if isinstance(self.route.inferer, SimpleInferer):
+            with norms.signing():
+                source = norms.predict(image)
         self._visit(image)
         with norms.corrected_to(site, observe=True):
             corrected = norms.predict_windows(image, "calibrated")
-        if not isinstance(self.route.inferer, SimpleInferer):
-            # the site was observed in some windows; predict all windows with the same statistics
-            with norms.corrected_to(site):
-                corrected = norms.predict(image, "calibrated")
-        with norms.corrected_to(site, image_share=self.image_share):
-            own = norms.predict(image, "calibrated")
 
         evidence = site.evidence
         weight = min(1.0, (self.trust * evidence) ** 2)
-        fused = torch.lerp(source, (corrected + own) / 2, weight)
-        uncertainty, mean = disagreement(torch.cat([source, corrected, own]), self.head)
+        if source is None:
+            fused, source, uncertainty, mean = self._predict_windows(image, weight)
+        else:
+            views = torch.cat([source, corrected, self._own(image)])
+            fused = _fuse(views, weight)
+            uncertainty, mean = disagreement(views, self.head)
         site.end()
         record = {"evidence": evidence, "adapted_weight": weight, "disagreement": mean}
         return Prediction(fused, {**record, **self._cost()}, uncertainty, source)
+
+    def _predict_windows(self, image: Tensor, weight: float) -> tuple[Tensor, Tensor | None, Tensor, float]:
+        """Predict an image in windows with what was learnt in some of them; each window goes through all views at once.
+
+        So no view is held of the whole volume, except the source's if it is asked for. The uncertainty is blended like
+        the logits; its mean counts each window's voxels.
+
+        Returns:
+            The fused logits, the source's or None, the uncertainty, and its mean.
+        """
+        views = self.norms.run, self._site_only, self._own
+        sums: list[Tensor] = []
+
+        def predict(windows: Tensor) -> Tensor:
+            logits = torch.stack([view(windows) for view in views], dim=1)
+            maps = []
+            for one in logits:
+                found = [disagreement_map(slab, self.head) for slab in one.split(_rows(one), dim=2)]
+                maps.append(torch.cat([each for each, _ in found], dim=2))
+                sums.extend(torch.stack([each[0, 0].mul(seen).sum(), seen.sum()]).double() for each, seen in found)
+            kept = logits[:, :1] if self.side_by_side else logits[:, :0]
+            return torch.cat([_fuse(logits.movedim(1, 0), weight)[0], *kept.unbind(1), torch.cat(maps)], dim=1)
+
+        with self.norms.attached():
+            if not self.route.blends_all_channels:
+                logits = torch.cat([cast(Tensor, self.route.inferer(image, view)) for view in views])
+                return _fuse(logits, weight), logits[:1], *disagreement(logits, self.head)
+            blended = cast(Tensor, self.route.inferer(image, predict))
+        disagreeing, seen = torch.stack(sums).sum(dim=0).tolist()
+        logits, uncertainty = blended[:, :-1], blended[:, -1:].clamp_(0, 1)
+        fused, source = logits.chunk(2, dim=1) if self.side_by_side else (logits, None)
+        return fused, source, uncertainty, disagreeing / max(seen, 1)
+
+    def _site_only(self, images: Tensor) -> Tensor:
+        with self.norms.corrected_to(self.site):
+            return self.norms.run(images, "calibrated")
+
+    def _own(self, images: Tensor) -> Tensor:
+        with self.norms.corrected_to(self.site, image_share=self.image_share):
+            return self.norms.run(images, "calibrated")
 
     def source_norms(self) -> AlignedNorms:
         """Return the norm layers that are corrected."""
@@ -127,3 +171,14 @@ class SiteCorrection(Remembering):
         check_keys("state", learnt, {"site"})
         channels = {name: len(self.norms.stored(name)[0]) for name in self.norms.layers}
         self.site.load_adaptation_state(learnt["site"], channels)
+
+
+def _fuse(views: Tensor, weight: float) -> Tensor:
+    """Fuse the logits of the source, the site, and the site with the image, (3, ...) to (1, ...)."""
+    source, corrected, own = views.split(1)
+    return torch.lerp(source, (corrected + own) / 2, weight)
+
+
+def _rows(logits: Tensor) -> int:
+    """Return how many of a window's rows (N, K, rows, ...) are compared at once, so that little memory is taken."""
+    return max(SLAB // max(math.prod(logits.shape[3:]), 1), 1)

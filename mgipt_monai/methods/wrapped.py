@@ -50,6 +50,11 @@ class WrappedMethod(AdaptationMethod):
         """Run the network through an inferer from now on, see :class:`AdaptationMethod`."""
         self.method.predict_through(inferer, windows)
 
+    def compare(self, on: bool = True) -> None:
+        """Also predict without adaptation, see :class:`AdaptationMethod`; the wrapped method may do so anyway."""
+        self.method.side_by_side = on
+        super().compare(on)
+
     def reserve(self, forwards: int) -> None:
         """Reserve additional forwards per image within the wrapped method's limit."""
         self.method.reserve(forwards)

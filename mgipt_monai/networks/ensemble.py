@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.networks.prompts.early_stop import Head, binarize
 
-__all__ = ["ConfidenceEnsemble", "MeanEnsemble", "disagreement"]
+__all__ = ["ConfidenceEnsemble", "MeanEnsemble", "disagreement", "disagreement_map"]
 
 
 class ConfidenceEnsemble(nn.Module):
@@ -124,6 +124,17 @@ def disagreement(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, float]
         >>> uncertainty.tolist(), mean
         ([[[0.0, 1.0, 1.0, 1.0]]], 0.75)
     """
+    uncertainty, seen = disagreement_map(logits, head)
+    return uncertainty, uncertainty[0, 0][seen].mean().item() if seen.any() else 0.0
+
+
+def disagreement_map(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, Tensor]:
+    """Return the map of :func:`disagreement` (1, 1, \\*spatial), and the pixels that count for its number (\\*spatial).
+
+    Args:
+        logits: one prediction per view, (N, K, \\*spatial).
+        head: how logits become probabilities.
+    """
     structures = binarize(logits, head)
     # (N, decisions, classes, *spatial)
     if head == "sigmoid":
@@ -136,7 +147,7 @@ def disagreement(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, float]
     uncertainty = shared.amax(dim=1, keepdim=True).nan_to_num(nan=1.0).clamp(0, 1)
 
     seen = (structures > 0).any(dim=1).any(dim=0) | ~torch.isfinite(logits).all(dim=1).all(dim=0)
-    return uncertainty, uncertainty[0, 0][seen].mean().item() if seen.any() else 0.0
+    return uncertainty, seen
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

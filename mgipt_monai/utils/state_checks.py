@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_finite", "check_keys", "check_number", "check_tensor", "check_tensors", "is_whole"]
+__all__ = ["check_finite", "check_keys", "check_number", "check_tensor", "check_tensors", "is_finite", "is_whole"]
 
 LARGEST = 2.0**63
 
@@ -17,6 +17,11 @@ LARGEST = 2.0**63
 def is_whole(value: Any) -> bool:
     """Whether ``value`` is a whole number, of numpy too, and no truth value."""
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite, without a temporary tensor of their size, which counts for volumes."""
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 def check_keys(name: str, value: Any, keys: set[str]) -> None:

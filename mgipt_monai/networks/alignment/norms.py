@@ -202,6 +202,17 @@ class AlignedNorms:
         for layer, forward in forwards.items():
             layer.forward = forward
 
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Attach within the block; what is attached already stays so."""
+        was_attached = self._replaced is not None
+        self.attach()
+        try:
+            yield
+        finally:
+            if not was_attached:
+                self.detach()
+
     def detach(self) -> None:
         """Restore the layers' own forward; no effect if nothing is attached."""
         for layer, forward in self._replaced or []:
@@ -217,16 +228,12 @@ class AlignedNorms:
             raise RuntimeError("the network is in training mode and would change its own statistics: call eval() first")
         if self.statistics is not None and self._ready_on != images.device:
             self._prepare(self.statistics, images.device)
-        was_attached = self._replaced is not None
-        if not was_attached:
-            self.attach()
         self.normalization, self.losses, self.thread = normalization, losses, threading.get_ident()
         try:
-            yield
+            with self.attached():
+                yield
         finally:
             self.normalization, self.losses, self.thread = "source", None, None
-            if not was_attached:
-                self.detach()
 
     def _prepare(self, statistics: SourceStatistics, device: torch.device) -> None:
         """Check the statistics and move them to the device; not done for each image, since it reads all weights."""
@@ -267,6 +274,11 @@ class AlignedNorms:
         """Run the network, one forward per image or window: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
         with self._using(images, normalization, None):
             return torch.cat([self.route.inferer(part, self._run) for part in parts(images)])
+
+    def run(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
+        """Run the network on images (B, C, \\*spatial) as they are, such as windows that an inferer has cut."""
+        with self._using(images, normalization, None):
+            return self._run(images)
 
     def predict_windows(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network only where the loss is measured: logits of the windows side by side (B, K, ...)."""

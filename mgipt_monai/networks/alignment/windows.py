@@ -60,6 +60,11 @@ class ForwardRoute:
                 f"output must be a key, an index or a function of the network's output, got {self.output!r}"
             )
 
+    @property
+    def blends_all_channels(self) -> bool:
+        """Whether the inferer takes any number of output channels, as MONAI's do; one's own call may not."""
+        return type(self.inferer).__call__ in (SlidingWindowInferer.__call__, SliceInferer.__call__)
+
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
         """Run a network in the precision of its weights; images (B, C, \\*spatial) to float32 logits.
 
