@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from mgipt_monai.networks.alignment.fused import Blend
 from mgipt_monai.networks.alignment.layers import stored_statistics
@@ -191,11 +190,11 @@ class SiteNorms(AlignedNorms):
         super().__init__(*args, **settings)
         self.site: SiteStatistics | None = None
         self.observe = False
-        self.image_share: float | None = None
+        self.image_share: Sequence[float] | float = 0.0
 
     @contextmanager
     def corrected_to(
-        self, site: SiteStatistics, observe: bool = False, image_share: float | None = None
+        self, site: SiteStatistics, observe: bool = False, image_share: Sequence[float] | float = 0.0
     ) -> Iterator[None]:
         """Use a site's statistics for ``calibrated`` within the block.
 
@@ -203,40 +202,29 @@ class SiteNorms(AlignedNorms):
             site: the site's statistics.
             observe: whether each layer first adds its input's statistics to the site's, for an image or its windows.
             image_share: weight of the image's own statistics in a blend with the site's (1 - lambda of Eq. 6, with the
-                site in the source's place), in [0, 1]. With None, and unless it observes, a layer does not measure the
-                image at all and takes as long as without correction.
+                site in the source's place), in [0, 1]. With several, the images of a batch are as many equal groups,
+                with a share each and without gradients.
         """
         self.site, self.observe, self.image_share = site, observe, image_share
         try:
             yield
         finally:
-            self.site, self.observe, self.image_share = None, False, None
-
-    def align(self, name: str, features: Tensor) -> Tensor:
-        """Normalise a layer's features; with the site's statistics alone they are not measured."""
-        is_corrected = self.normalization == "calibrated" and self.site is not None
-        if not is_corrected or self.observe or self.image_share is not None or self.measures(name):
-            return super().align(name, features)
-        layer = self.layers[name]
-        mean, variance = self._corrected(name)
-        return functional.batch_norm(features, mean, variance, layer.weight, layer.bias, eps=layer.eps)
+            self.site, self.observe, self.image_share = None, False, 0.0
 
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
         """Return the site's statistics, blended with the image's own by ``image_share``."""
         if self.normalization != "calibrated" or self.site is None:
             return super().blend(name, mean, std)
-        if self.observe:
-            eps: float = self.layers[name].eps  # type: ignore[assignment] # any norm layer has one
-            self.site.observe(name, mean, (std.square() + eps).sqrt(), *self._source(name))
-        return Blend(*self._corrected(name), 1 - (self.image_share or 0.0))
-
-    def _source(self, name: str) -> tuple[Tensor, Tensor]:
         # deviations include eps, as in the layer, so that silent source channels do not divide by zero
-        mean, variance = stored_statistics(self.layers[name])
-        return mean.float(), (variance.float() + self.layers[name].eps).sqrt()  # type: ignore[operator] # any norm layer
-
-    def _corrected(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return the mean and variance of a layer's input at the site."""
-        assert self.site is not None
-        mean, std = self.site.correct(name, *self._source(name))
-        return mean, std.square() - self.layers[name].eps  # type: ignore[operator] # any norm layer has one
+        source_mean, source_variance = stored_statistics(self.layers[name])
+        eps: float = self.layers[name].eps  # type: ignore[assignment] # any norm layer has one
+        source = source_mean.float(), (source_variance.float() + eps).sqrt()
+        if self.observe:
+            self.site.observe(name, mean, (std.square() + eps).sqrt(), *source)
+        site_mean, site_std = self.site.correct(name, *source)
+        site_variance = site_std.square() - eps
+        if isinstance(self.image_share, (int, float)):
+            return Blend(site_mean, site_variance, 1 - self.image_share)
+        weights = 1 - mean.new_tensor(self.image_share).repeat_interleave(len(mean) // len(self.image_share))[:, None]
+        blended = torch.lerp(mean, site_mean, weights), torch.lerp(std.square(), site_variance, weights)
+        return Blend(*blended, 1.0, fixed=True)
