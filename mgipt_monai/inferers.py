@@ -18,7 +18,7 @@ from monai.utils import fall_back_tuple
 from torch import Tensor, nn
 
 from mgipt_monai.methods.base import AdaptationMethod
-from mgipt_monai.networks.alignment.windows import method_turn, network_turn
+from mgipt_monai.networks.alignment.windows import Precision, method_turn, network_turn
 from mgipt_monai.stream.pseudonyms import Pseudonyms
 from mgipt_monai.stream.records import Identifiers, RecordFile, check_identifiers, json_types
 from mgipt_monai.stream.state_file import StreamFile, read
@@ -42,6 +42,8 @@ class AdaptiveInferer(Inferer):
             slice as an image with its own prompt, at the cost of one adaptation per slice; constant slices are
             predicted without adaptation. Slices are cut or padded to the inferer's windows in either case.
         side_by_side: whether the method also predicts without adaptation, see :meth:`AdaptationMethod.compare`.
+        precision: ``bfloat16`` runs the network by autocast, see :meth:`AdaptationMethod.compute_in`; None leaves the
+            method as it is.
 
     Raises:
         TypeError: if ``method`` is not an adaptation method, or cannot predict through ``inferer``.
@@ -64,6 +66,7 @@ class AdaptiveInferer(Inferer):
         windows: int = 2,
         slices: Slices = "shared",
         side_by_side: bool = False,
+        precision: Precision | None = None,
     ) -> None:
         if not isinstance(method, AdaptationMethod):
             raise TypeError(f"method must be an adaptation method such as MGIPT(network), got {type(method).__name__}")
@@ -76,6 +79,9 @@ class AdaptiveInferer(Inferer):
         if slices == "own" and not isinstance(self.inferer, SliceInferer):
             raise ValueError(f"slices='own' needs a SliceInferer, got {type(self.inferer).__name__}")
         method.predict_through(*self._route())
+        if precision is not None:
+            method.compute_in(precision)
+        self.precision = precision
         self.side_by_side = side_by_side
         if side_by_side:
             method.compare()
@@ -108,7 +114,7 @@ class AdaptiveInferer(Inferer):
 
     def with_method(self, method: AdaptationMethod) -> AdaptiveInferer:
         """Return an inferer with the same settings for another method, such as a twin of this one's."""
-        return AdaptiveInferer(method, self.inferer, self.windows, self.slices, self.side_by_side)
+        return AdaptiveInferer(method, self.inferer, self.windows, self.slices, self.side_by_side, self.precision)
 
     def bind(self, network: nn.Module) -> None:
         """Switch the method to this network, if it is a different one.
@@ -196,6 +202,7 @@ class PersistentInferer(AdaptiveInferer):
         identifiers: ``hashed`` writes 16 hexadecimal digits in place of an image's name, in the records and in the
             prediction's metadata. The key is beside the records, or else beside the state (see
             :class:`mgipt_monai.stream.records.AuditTrail`).
+        precision: see :class:`AdaptiveInferer`.
 
     Raises:
         TypeError: as :class:`AdaptiveInferer`; if ``adapt`` or ``reset`` is not a bool (such as the string "false").
@@ -224,8 +231,9 @@ class PersistentInferer(AdaptiveInferer):
         windows: int = 2,
         slices: Slices = "shared",
         identifiers: Identifiers = "names",
+        precision: Precision | None = None,
     ) -> None:
-        super().__init__(method, inferer, windows, slices)
+        super().__init__(method, inferer, windows, slices, precision=precision)
         self.identifiers = check_identifiers(identifiers)
         for name, value in (("adapt", adapt), ("reset", reset)):
             if not isinstance(value, bool):

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from mgipt_monai.methods.parts import plain_settings
 from mgipt_monai.networks.alignment import AlignedNorms, SourceStatistics
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Output, check_no_window, method_turn, network_turn
-from mgipt_monai.utils.state_checks import check_keys, check_number, is_finite
+from mgipt_monai.utils.state_checks import check_image, check_keys, check_number, is_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from mgipt_monai.networks.alignment.windows import Precision
 
 __all__ = ["AdaptationMethod", "Prediction", "check_image"]
 
@@ -151,6 +153,13 @@ class AdaptationMethod(nn.Module, ABC):
                 "use MGIPT, VPTTA, BatchNormAdaptation or Source"
             )
         self.route.change(inferer, windows)
+
+    def compute_in(self, precision: Precision) -> None:
+        """Run the network in ``float32`` or, by autocast, in ``bfloat16`` from now on.
+
+        Statistics at the norm layers that take part, losses, prompts and logits stay in float32.
+        """
+        self.route.compute_in(precision)
 
     def compare(self, on: bool = True) -> None:
         """Also predict each image without adaptation from now on, into ``unadapted``.
@@ -320,7 +329,8 @@ class AdaptationMethod(nn.Module, ABC):
 
     def settings(self) -> dict[str, Any]:
         """Return the method's class and its settings as plain values."""
-        return {"class": self.name, **plain_settings(self)}
+        precision = {} if self.route.precision == "float32" else {"precision": self.route.precision}
+        return {"class": self.name, **plain_settings(self), **precision}
 
     def prompt_maps(self) -> dict[str, Tensor]:
         """Return the current prompts that are kept between images: name to factors (C, \\*sides); mostly none."""
@@ -385,19 +395,3 @@ class AdaptationMethod(nn.Module, ABC):
 
     def _load_state(self, state: dict[str, Any]) -> None:
         """Restore what ``_state`` returned; raise ValueError, without changing anything, if it does not fit."""
-
-
-def check_image(image: Tensor) -> None:
-    """Check a batch of images (B, C, \\*spatial) before adapting to it.
-
-    Raises:
-        ValueError: if it has no spatial axis, contains NaN or infinite values, or one of its images is constant.
-    """
-    if image.ndim < 3:
-        raise ValueError(f"expected a batch of images (B, C, *spatial), got shape {tuple(image.shape)}")
-    if not is_finite(image):
-        bad = int((~torch.isfinite(image)).sum())
-        raise ValueError(f"the image has {bad} NaN or infinite values: repair the file or leave it out")
-    values = image.flatten(1)
-    if (values.amax(dim=1) == values.amin(dim=1)).any():
-        raise ValueError("the image is constant, there is nothing to adapt to: leave the file out")

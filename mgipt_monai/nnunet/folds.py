@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.networks.alignment import AlignedNorms
+from mgipt_monai.networks.alignment.windows import Precision
 from mgipt_monai.utils.state_checks import check_keys
 
 __all__ = ["FoldEnsemble"]
@@ -58,6 +59,12 @@ class FoldEnsemble(AdaptationMethod):
         super().predict_through(inferer, windows)
         for method in self.folds:
             method.predict_through(inferer, windows)
+
+    def compute_in(self, precision: Precision) -> None:
+        """Run each network in this precision from now on, see :class:`AdaptationMethod`."""
+        super().compute_in(precision)
+        for method in self.folds:
+            method.compute_in(precision)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings of all methods, each behind its number."""

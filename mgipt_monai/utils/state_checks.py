@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a saved state, which may contain anything, before any of it is used."""
+"""Checks of images and of a saved state, which may contain anything, before any of it is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_finite", "check_keys", "check_number", "check_tensor", "check_tensors", "is_finite", "is_whole"]
+__all__ = [
+    "check_finite",
+    "check_image",
+    "check_keys",
+    "check_number",
+    "check_tensor",
+    "check_tensors",
+    "is_finite",
+    "is_whole",
+]
 
 LARGEST = 2.0**63
 
@@ -22,6 +31,22 @@ def is_whole(value: Any) -> bool:
 def is_finite(values: Tensor) -> bool:
     """Whether all values are finite, without a temporary tensor of their size, which counts for volumes."""
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def check_image(image: Tensor) -> None:
+    """Check a batch of images (B, C, \\*spatial) before adapting to it.
+
+    Raises:
+        ValueError: if it has no spatial axis, contains NaN or infinite values, or one of its images is constant.
+    """
+    if image.ndim < 3:
+        raise ValueError(f"expected a batch of images (B, C, *spatial), got shape {tuple(image.shape)}")
+    if not is_finite(image):
+        bad = int((~torch.isfinite(image)).sum())
+        raise ValueError(f"the image has {bad} NaN or infinite values: repair the file or leave it out")
+    values = image.flatten(1)
+    if (values.amax(dim=1) == values.amin(dim=1)).any():
+        raise ValueError("the image is constant, there is nothing to adapt to: leave the file out")
 
 
 def check_keys(name: str, value: Any, keys: set[str]) -> None:

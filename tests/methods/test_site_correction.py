@@ -12,7 +12,7 @@ from torch import nn
 
 from mgipt_monai import SiteCorrection
 from mgipt_monai.networks import SiteStatistics, disagreement
-from tests.conftest import stream, tiny_network
+from tests.conftest import same_state, stream, tiny_network
 
 
 def alike(count: int, seed: int = 0) -> list[torch.Tensor]:
@@ -118,3 +118,74 @@ def test_settings_name_the_sites_too() -> None:
     settings = SiteCorrection(tiny_network(), SiteStatistics(horizon=7)).settings()
     assert settings["site"] == {"horizon": 7, "caution": 2.0}
     assert settings["trust"] == 2.5
+
+
+def windowed(batch: int = 1, **settings: object) -> SiteCorrection:
+    method = SiteCorrection(tiny_network(), **settings)
+    method.predict_through(SlidingWindowInferer(roi_size=(16, 16), sw_batch_size=batch, overlap=0.5, mode="gaussian"))
+    return method
+
+
+def test_windows_fuse_what_three_passes_of_all_windows_give(images: list[torch.Tensor]) -> None:
+    """An inferer of one's own gets a pass for each view, as it may not take more channels than the network has."""
+
+    class Own(SlidingWindowInferer):
+        def __call__(self, *args: object, **kwargs: object) -> torch.Tensor:
+            return super().__call__(*args, **kwargs)
+
+    together, apart = windowed(), windowed()
+    apart.predict_through(Own(roi_size=(16, 16), overlap=0.5, mode="gaussian"))
+    for image in images:
+        assert torch.allclose(together(image), apart(image), atol=1e-5)
+    one, other = together.last[0], apart.last[0]
+    assert one["forwards"] == other["forwards"]
+    assert one["evidence"] == other["evidence"]
+    assert same_state(together.adaptation_state(), apart.adaptation_state())
+    # the maps are of the windows' views, blended, and of the blended views
+    assert (together.uncertainty - apart.uncertainty).abs().mean() < 0.05
+    assert abs(one["disagreement"] - other["disagreement"]) < 0.05
+
+
+def test_state_does_not_depend_on_how_many_windows_go_together(images: list[torch.Tensor]) -> None:
+    single, several = windowed(batch=1), windowed(batch=5)
+    for image in images:
+        assert torch.allclose(single(image), several(image), atol=1e-5)
+        assert torch.allclose(single.uncertainty, several.uncertainty, atol=1e-5)
+    assert same_state(single.adaptation_state(), several.adaptation_state())
+
+
+def test_windows_compare_with_the_source_at_no_cost_and_no_change(images: list[torch.Tensor]) -> None:
+    plain, compared = windowed(), windowed()
+    compared.compare()
+    for image in images:
+        assert torch.equal(plain(image), compared(image))
+    assert torch.equal(plain.uncertainty, compared.uncertainty)
+    assert plain.last == compared.last
+    assert plain.unadapted is None
+    with torch.no_grad():
+        assert torch.allclose(compared.unadapted, compared.route.inferer(images[-1], compared.network), atol=1e-6)
+
+
+def test_a_volume_in_windows_is_not_held_three_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    blended, run = [], SlidingWindowInferer.__call__
+
+    def noted(*args: object) -> torch.Tensor:
+        blended.append(run(*args))
+        return blended[-1]
+
+    monkeypatch.setattr(SlidingWindowInferer, "__call__", noted)
+    method = SiteCorrection(tiny_network(3, 1))
+    method.predict_through(SlidingWindowInferer(roi_size=(8, 8, 8)))
+    logits = method(stream(1, size=16, channels=1, dims=3)[0])
+    # one pass, with one channel more than the network has, and no copy of it
+    assert [tuple(each.shape) for each in blended] == [(1, 3, 16, 16, 16)]
+    assert logits.data_ptr() == blended[0].data_ptr()
+
+
+def test_resuming_a_stream_of_windows_equals_not_stopping(images: list[torch.Tensor]) -> None:
+    whole, first, second = windowed(), windowed(), windowed()
+    expected = [whole(image) for image in images]
+    for image in images[:2]:
+        first(image)
+    second.load_adaptation_state(first.adaptation_state())
+    assert all(torch.equal(second(image), e) for image, e in zip(images[2:], expected[2:], strict=True))

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +20,13 @@ from monai.utils import PytorchPadMode, fall_back_tuple
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ForwardRoute", "Output", "Windows", "check_no_window", "method_turn", "network_turn", "parts"]
+__all__ = ["ForwardRoute", "Output", "Precision", "Windows", "check_no_window", "method_turn", "network_turn", "parts"]
 
 Output = str | int | Callable[[Any], Tensor]
 """Which of a network's outputs are its logits: key of a dict, index in a tuple or list, or a function of the output."""
+
+Precision = Literal["float32", "bfloat16"]
+"""What a network computes in; whatever is measured in it is measured in float32."""
 
 SMALL = {1: 2**16, 2: 2**16, 3: 2**18}
 """Maximum number of voxels, by number of spatial axes, of images that go through the network together. Larger images go
@@ -45,12 +48,14 @@ class ForwardRoute:
         inferer: a MONAI ``SimpleInferer``, ``SlidingWindowInferer`` or ``SliceInferer``.
         windows: maximum number of windows in which the alignment loss is measured, at least 1.
         output: which of the network's outputs are the logits; None for a network that returns one tensor.
+        precision: ``float32``, or ``bfloat16`` by autocast.
         latest: all that the network has returned in the latest prediction, with ``output``.
     """
 
     inferer: Inferer = field(default_factory=SimpleInferer)
     windows: int = 2
     output: Output | None = None
+    precision: Precision = "float32"
     latest: Any = None
 
     def __post_init__(self) -> None:
@@ -60,18 +65,25 @@ class ForwardRoute:
                 f"output must be a key, an index or a function of the network's output, got {self.output!r}"
             )
 
+    def compute_in(self, precision: Precision) -> None:
+        """Use another precision from now on; ValueError for an unknown one."""
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
+        self.precision = precision
+
     @property
     def blends_all_channels(self) -> bool:
         """Whether the inferer takes any number of output channels, as MONAI's do; one's own call may not."""
         return type(self.inferer).__call__ in (SlidingWindowInferer.__call__, SliceInferer.__call__)
 
     def run(self, network: nn.Module, images: Tensor) -> Tensor:
-        """Run a network in the precision of its weights; images (B, C, \\*spatial) to float32 logits.
+        """Run a network in the precision of its weights or by autocast; images (B, C, \\*spatial) to float32 logits.
 
         Raises:
             TypeError: for an output that is not a tensor; the message names the keys to choose from.
         """
-        with _without_compiler():
+        autocast = torch.autocast(images.device.type, torch.bfloat16) if self.precision == "bfloat16" else nullcontext()
+        with _without_compiler(), autocast:
             output = network(in_precision_of(network, images))
         if self.output is not None:
             if not torch.is_grad_enabled():  # what has a graph cannot be copied
