@@ -135,8 +135,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     if others := [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
         raise ValueError(
-            f"{path} is not a state dict of tensors ({_some(list(map(str, others)))} are not): save the network's state "
-            f"dict alone, or under one of the keys {', '.join(WRAPPERS)}"
+            f"{path} is not a state dict of tensors ({_some(list(map(str, others)))} are not): save the network's "
+            f"state dict alone, or under one of the keys {', '.join(WRAPPERS)}"
         )
     return state
 
