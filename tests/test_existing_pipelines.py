@@ -21,6 +21,7 @@ from mgipt_monai import (
     MGIPT,
     AdaptiveInferer,
     RecordFile,
+    SiteCorrection,
     Source,
     SourceStatistics,
     SourceStatisticsHandler,
@@ -227,3 +228,37 @@ def test_a_second_run_goes_on_adapting_and_keeps_the_records_of_the_first(tmp_pa
         assert [row["index"] for row in rows] == [2 * run - 2, 2 * run - 1]
         assert (tmp_path / f"records.{run}.runs.json").exists()
     assert load_state(state)["adaptation"]["images_seen"] == 6
+
+
+def test_a_work_list_of_volumes_in_windows_goes_on_after_a_crash(tmp_path: Path) -> None:
+    images, seen = volumes(4), []
+
+    def run(folder: Path, resume: bool, crash_at: int | None = None) -> list[Tensor]:
+        def kept(data: object) -> object:
+            if len(seen) == crash_at:
+                raise MemoryError("a crash")
+            seen.append(data["pred"].clone())
+            return data
+
+        seen.clear()
+        network = tiny_network(3, 1)
+        handler = TestTimeAdaptationHandler(
+            SiteCorrection(network), folder / "state.pt", folder / "records.jsonl", resume=resume
+        )
+        SupervisedEvaluator(
+            "cpu", volume_loader(images), network, inferer=SLIDING, postprocessing=kept, val_handlers=[handler]
+        ).run()
+        return list(seen)
+
+    for name in ("whole", "crashed"):
+        (tmp_path / name).mkdir()
+    expected = run(tmp_path / "whole", resume=False)
+    with pytest.raises(RuntimeError):
+        run(tmp_path / "crashed", resume=False, crash_at=2)
+    done = list(seen)
+    done += run(tmp_path / "crashed", resume=True)
+    assert len(done) == len(expected) == 4
+    assert all(torch.equal(one, other) for one, other in zip(done, expected, strict=True))
+    states = [load_state(tmp_path / name / "state.pt")["adaptation"] for name in ("whole", "crashed")]
+    assert same_state(*states)
+    assert len(RecordFile(tmp_path / "crashed" / "records.jsonl").read()) == 4

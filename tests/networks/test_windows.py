@@ -218,3 +218,11 @@ def test_network_is_untouched_and_resuming_equals_not_stopping() -> None:
     resumed.method.load_adaptation_state(other.method.adaptation_state())
     assert all(torch.equal(resumed(image, net), e) for image, e in zip(images[1:], expected[1:], strict=True))
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+
+def test_windows_go_to_the_inferers_device_for_windows() -> None:
+    image = volume(12, 8)
+    route = ForwardRoute(SlidingWindowInferer(roi_size=(4, 8), sw_device="meta", device="cpu"))
+    windows = Windows(route, image)
+    assert [window.device.type for window in windows.cut(image)] == ["meta"] * 2
+    assert Windows(ForwardRoute(SlidingWindowInferer(roi_size=(4, 8))), image).device == image.device

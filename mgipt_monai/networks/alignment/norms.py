@@ -226,8 +226,9 @@ class AlignedNorms:
         check_normalization("normalization", normalization)
         if self.network.training:
             raise RuntimeError("the network is in training mode and would change its own statistics: call eval() first")
-        if self.statistics is not None and self._ready_on != images.device:
-            self._prepare(self.statistics, images.device)
+        device = self.route.device_of(images)
+        if self.statistics is not None and self._ready_on != device:
+            self._prepare(self.statistics, device)
         self.normalization, self.losses, self.thread = normalization, losses, threading.get_ident()
         try:
             with self.attached():

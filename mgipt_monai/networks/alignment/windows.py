@@ -71,6 +71,11 @@ class ForwardRoute:
             raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {precision!r}")
         self.precision = precision
 
+    def device_of(self, images: Tensor) -> torch.device:
+        """Return the device that the network runs on: the inferer's ``sw_device`` if it has one, or the images'."""
+        device = getattr(self.inferer, "sw_device", None)
+        return images.device if device is None else torch.device(device)
+
     @property
     def blends_all_channels(self) -> bool:
         """Whether the inferer takes any number of output channels, as MONAI's do; one's own call may not."""
@@ -186,6 +191,7 @@ class Windows:
 
     def __init__(self, route: ForwardRoute, image: Tensor) -> None:
         self.squeezed, self.padding, self.slices = None, [], []
+        self.device = route.device_of(image)
         inferer = route.inferer
         if not isinstance(inferer, SlidingWindowInferer):
             return
@@ -229,14 +235,14 @@ class Windows:
         pieces = [(sample, *place) for sample in samples for place in places]
         if len(pieces) > 1:
             return _PiecewiseLoss.apply(images, lambda piece: loss(self._cut(piece, ...)), pieces, self.count)
-        return loss(self._cut(images, pieces[0]))
+        return loss(self._cut(images, pieces[0])).to(images.device)
 
     def predict(self, images: Tensor, network: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the network's outputs (B, K, ...) in the windows, side by side along the first spatial axis."""
         return torch.cat([network(window) for window in self.cut(images)], dim=2)
 
     def cut(self, images: Tensor) -> Iterator[Tensor]:
-        """Cut the windows (B, C, \\*window) out of images (B, C, \\*spatial), one by one, in the network's layout."""
+        """Cut the windows (B, C, \\*window) out of images (B, C, \\*spatial), one by one, as the network takes them."""
         images = self._pad(images)
         return (self._cut(images, place) for place in self.slices or [...])
 
@@ -247,7 +253,7 @@ class Windows:
         return functional.pad(images, self.padding, mode=self.mode, **options)
 
     def _cut(self, images: Tensor, place: Any) -> Tensor:
-        window = images[place]
+        window = images[place].to(self.device)
         return window if self.squeezed is None else window.squeeze(self.squeezed)
 
 
@@ -262,7 +268,7 @@ class _PiecewiseLoss(torch.autograd.Function):
                 leaf = images[piece].detach().requires_grad_()
                 value = loss(leaf)
                 (slope,) = torch.autograd.grad(value.sum(), leaf)
-            total[piece[0]] += value.detach() / windows
+            total[piece[0]] += value.detach().to(total) / windows
             gradient[piece] += slope / windows
         ctx.save_for_backward(gradient)
         return total
