@@ -8,7 +8,7 @@ LABEL_VENV ?= .venv-label
 LABEL_RUN = PYTHONPATH=label $(LABEL_VENV)/bin/python -W ignore
 LABEL_APP = build/label/monaibundle
 
-.PHONY: demo benchmark bench label label-test test attack docs lint types format clean
+.PHONY: demo benchmark bench bench-volumes label label-test test attack docs lint types format clean
 
 # three cameras the source network has never seen, without and with adaptation: table and picture
 demo: $(VENV)/.installed
@@ -24,6 +24,10 @@ benchmark: $(VENV)/.installed
 # make bench BENCH="--networks resunet34,unet,unet3d --repeats 2"
 bench: $(VENV)/.installed
 	$(RUN) benchmarks/speed.py $(BENCH)
+
+# the same of volumes in sliding windows: make bench-volumes BENCH="--networks unet,segresnet --sizes 256,512x512x200"
+bench-volumes: $(VENV)/.installed
+	$(RUN) benchmarks/volumes.py $(BENCH)
 
 # a MONAI Label server with the bundle and photographs of one camera: http://127.0.0.1:8000 (Python 3.11, about 3 GB)
 label: $(LABEL_VENV)/.installed

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import monai
 import torch
@@ -32,6 +32,7 @@ from torch.optim.swa_utils import update_bn
 
 from mgipt_monai import MGIPT, SiteCorrection, Source, SourceStatistics, measure_source_statistics
 from mgipt_monai.methods import AdaptationMethod
+from mgipt_monai.networks.alignment.windows import Precision
 
 CLASSES = 2
 
@@ -73,9 +74,9 @@ def volume(sides: Sequence[int], seed: int, gain: float = 1.0) -> Tensor:
     return gain * (body * (0.3 + 0.6 * contents) + 0.1 * torch.rand(contents.shape, generator=generator))
 
 
-def sliding(window: int, overlap: float) -> SlidingWindowInferer:
+def sliding(window: int, overlap: float, batch: int = 1) -> SlidingWindowInferer:
     """Return the inferer of all methods."""
-    return SlidingWindowInferer([window] * 3, sw_batch_size=1, overlap=overlap, mode="gaussian")
+    return SlidingWindowInferer([window] * 3, sw_batch_size=batch, overlap=overlap, mode="gaussian")
 
 
 def prepare(network: str, window: int, folder: Path) -> None:
@@ -101,13 +102,21 @@ def build(network: str, method: str, inferer: SlidingWindowInferer, folder: Path
 
 
 def figures(
-    network: str, method: str, sides: Sequence[int], inferer: SlidingWindowInferer, folder: Path, repeats: int
+    network: str,
+    method: str,
+    sides: Sequence[int],
+    inferer: SlidingWindowInferer,
+    folder: Path,
+    repeats: int = 1,
+    precision: Precision = "float32",
 ) -> Figures:
     """Predict one volume in this process, several times."""
     built = build(network, method, inferer, folder)
+    built.compute_in(precision)
     run: Callable[[Tensor], Tensor] = built
     if method == "plain":  # the pipeline's own call, without this package
-        run = torch.no_grad()(lambda image: inferer(image, built.network))
+        alone = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")(built.network.forward)
+        run = torch.no_grad()(lambda image: inferer(image, alone))
     run(volume([int(side) for side in inferer.roi_size], seed=3, gain=0.7))
     image = volume(sides, seed=0, gain=0.7)
     before = _status("VmRSS")
@@ -132,7 +141,8 @@ def _status(key: str) -> float:
 def table(network: str, methods: Sequence[str], options: argparse.Namespace) -> str:
     """Measure one network and return its table."""
     lines = [
-        f"\n{network}, windows {options.window}, overlap {options.overlap}, threads {options.threads}\n",
+        f"\n{network}, windows of {options.window} in batches of {options.batch}, overlap {options.overlap}, "
+        f"{options.precision}, threads {options.threads}\n",
         "| volume | windows | method | s | of plain | F | F per window | peak MiB | of plain |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -146,6 +156,7 @@ def table(network: str, methods: Sequence[str], options: argparse.Namespace) -> 
                 command = [sys.executable, __file__, "--one", network, method, size, folder]
                 command += ["--window", str(options.window), "--overlap", str(options.overlap)]
                 command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]
+                command += ["--batch", str(options.batch), "--precision", options.precision]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-3:]
                 found = Figures(float(done[0]), int(done[1]), float(done[2]))
                 plain = plain or found
@@ -167,6 +178,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", default="128", help="such as 256,512x512x200 (default %(default)s)")
     parser.add_argument("--window", type=int, default=96, help="side of the windows (default %(default)s)")
     parser.add_argument("--overlap", type=float, default=0.25, help="of the windows (default %(default)s)")
+    parser.add_argument("--batch", type=int, default=1, help="windows in a forward (default %(default)s)")
+    parser.add_argument("--precision", choices=get_args(Precision), default="float32", help="(default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="number of threads (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="repeats of each method (default %(default)s)")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
@@ -175,10 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.one:
         network, method, size, folder = options.one
         sides = [int(side) for side in size.split("x")]
-        inferer = sliding(options.window, options.overlap)
-        print(
-            *figures(network, method, sides if len(sides) == 3 else sides * 3, inferer, Path(folder), options.repeats)
-        )
+        sides = sides if len(sides) == 3 else sides * 3
+        inferer = sliding(options.window, options.overlap, options.batch)
+        print(*figures(network, method, sides, inferer, Path(folder), options.repeats, options.precision))
         return
     for name, known in choices.items():
         if unknown := set(getattr(options, name).split(",")) - set(known):
