@@ -95,7 +95,10 @@ class SiteCorrection(Remembering):
                 source = norms.predict(image)
         self._visit(image)
         with norms.corrected_to(site, observe=True):
-            corrected = norms.predict_windows(image, "calibrated")
+            if source is None:
+                norms.look(image)
+            else:
+                corrected = norms.predict_windows(image, "calibrated")
 
         evidence = site.evidence
         weight = min(1.0, (self.trust * evidence) ** 2)

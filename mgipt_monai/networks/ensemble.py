@@ -8,8 +8,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from mgipt_monai.networks.prompts.early_stop import Head, binarize
+from mgipt_monai.networks.prompts.early_stop import Head, check_head
 
 __all__ = ["ConfidenceEnsemble", "MeanEnsemble", "disagreement", "disagreement_map"]
 
@@ -124,30 +125,58 @@ def disagreement(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, float]
         >>> uncertainty.tolist(), mean
         ([[[0.0, 1.0, 1.0, 1.0]]], 0.75)
     """
-    uncertainty, seen = disagreement_map(logits, head)
+    if head == "sigmoid":
+        # (N, decisions, classes, *spatial)
+        probabilities = torch.stack([logits.sigmoid(), (-logits).sigmoid()], dim=2)
+    else:
+        probabilities = logits.softmax(dim=1)[:, None]
+    together = _entropy(probabilities.mean(dim=0, keepdim=True))
+    shared = together - _entropy(probabilities).mean(dim=0, keepdim=True)
+    uncertainty = _normalised(shared, len(logits), probabilities.shape[2])
+    seen = _seen(logits, head)
     return uncertainty, uncertainty[0, 0][seen].mean().item() if seen.any() else 0.0
 
 
 def disagreement_map(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, Tensor]:
-    """Return the map of :func:`disagreement` (1, 1, \\*spatial), and the pixels that count for its number (\\*spatial).
+    """Return the map of :func:`disagreement`, up to rounding and faster, and the pixels that count for its number.
 
     Args:
         logits: one prediction per view, (N, K, \\*spatial).
         head: how logits become probabilities.
-    """
-    structures = binarize(logits, head)
-    # (N, decisions, classes, *spatial)
-    if head == "sigmoid":
-        probabilities = torch.stack([logits.sigmoid(), (-logits).sigmoid()], dim=2)
-    else:
-        probabilities = logits.softmax(dim=1)[:, None]
-    largest = math.log(min(max(len(logits), 2), probabilities.shape[2]))
-    together = _entropy(probabilities.mean(dim=0, keepdim=True))
-    shared = (together - _entropy(probabilities).mean(dim=0, keepdim=True)) / largest
-    uncertainty = shared.amax(dim=1, keepdim=True).nan_to_num(nan=1.0).clamp(0, 1)
 
-    seen = (structures > 0).any(dim=1).any(dim=0) | ~torch.isfinite(logits).all(dim=1).all(dim=0)
-    return uncertainty, seen
+    Returns:
+        The map (1, 1, \\*spatial), and a mask of the pixels (\\*spatial).
+    """
+    # an entropy from the logits takes one logarithm, one from the probabilities takes one of each class
+    if head == "sigmoid":
+        likely = logits.sigmoid()
+        own = (functional.softplus(logits) - logits * likely).mean(dim=0, keepdim=True)
+        mean = likely.mean(dim=0, keepdim=True)
+        shared, classes = torch.special.entr(mean) + torch.special.entr(1 - mean) - own, 2
+    else:
+        logarithms = logits.log_softmax(dim=1)
+        probabilities = logarithms.exp()
+        own = -(probabilities * logarithms).sum(dim=1, keepdim=True).mean(dim=0, keepdim=True)
+        together = torch.special.entr(probabilities.mean(dim=0, keepdim=True)).sum(dim=1, keepdim=True)
+        shared, classes = together - own, logits.shape[1]
+    return _normalised(shared, len(logits), classes), _seen(logits, head)
+
+
+def _normalised(shared: Tensor, views: int, classes: int) -> Tensor:
+    """Divide the mutual information of each decision (1, decisions, ...) by its largest value; the largest counts."""
+    uncertainty = (shared / math.log(min(max(views, 2), classes))).amax(dim=1, keepdim=True)
+    return uncertainty.nan_to_num(nan=1.0).clamp(0, 1)
+
+
+def _seen(logits: Tensor, head: Head) -> Tensor:
+    """Return where at least one view (N, K, ...) predicts a structure, or is not finite."""
+    check_head(head)
+    if head == "softmax" and logits.shape[1] < 2:
+        raise ValueError("a softmax head needs at least two channels; use head='sigmoid' for this network")
+    each = logits.flatten(0, 1)
+    most, least = each.amax(dim=0), each.amin(dim=0)
+    found = most > 0 if head == "sigmoid" else (logits[:, 1:].amax(dim=1) > logits[:, 0]).any(dim=0)
+    return found | ~(most.isfinite() & least.isfinite())
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

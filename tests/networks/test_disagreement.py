@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mgipt_monai.networks import disagreement
+from mgipt_monai.networks.ensemble import disagreement_map
 
 SURE = 40.0
 
@@ -76,3 +77,22 @@ def test_no_structure_in_any_view_gives_zero_and_broken_views_give_one() -> None
 def test_softmax_needs_two_channels() -> None:
     with pytest.raises(ValueError, match="at least two channels"):
         disagreement(torch.zeros(2, 1, 4, 4), "softmax")
+
+
+@pytest.mark.parametrize(("head", "channels"), [("sigmoid", 1), ("sigmoid", 3), ("softmax", 2), ("softmax", 4)])
+def test_the_map_of_windows_is_that_of_images(head: str, channels: int) -> None:
+    for scale in (0.1, 1.0, 30.0):
+        logits = scale * rand_logits(3, channels)
+        logits[:, :, 0] = -9.0 * scale  # where no view sees a structure, not even a softmax head's
+        if head == "softmax":
+            logits[:, 0, 0] = 9.0 * scale
+        uncertainty, mean = disagreement(logits, head)
+        found, seen = disagreement_map(logits, head)
+        assert torch.allclose(found, uncertainty, atol=2e-6)
+        assert not seen[0].any()
+        assert seen[1:].any()
+        assert found[0, 0][seen].mean().item() == pytest.approx(mean, abs=1e-5)
+    logits[1, 0, 0, 0] = math.nan
+    found, seen = disagreement_map(logits, head)
+    assert found[0, 0, 0, 0] == 1
+    assert seen[0, 0]

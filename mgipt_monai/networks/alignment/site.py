@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mgipt_monai.networks.alignment.fused import Blend
 from mgipt_monai.networks.alignment.layers import stored_statistics
 from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor, is_whole
 
 __all__ = ["SiteNorms", "SiteStatistics"]
@@ -85,19 +86,20 @@ class SiteStatistics(nn.Module):
         self._latest, self._observed, self._shares = {}, {}, {}
 
     def observe(self, name: str, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> None:
-        """Add a layer's input statistics of the current image, for the whole image or one window.
+        """Add a layer's input statistics of the current image, for the whole image or some of its windows.
 
         Args:
             name: the layer's name.
-            mean: mean of the layer's input, (B, C); averaged over several views.
+            mean: mean of the layer's input, (B, C), for each of B windows; those of an image count alike.
             std: its standard deviation, (B, C), above 0.
             source_mean: (C,).
             source_std: (C,), above 0.
         """
         z, r = (mean - source_mean) / source_std, (std / source_std).log().clamp(-FARTHEST, FARTHEST)
         seen = torch.stack([z, r, z.square(), r.square()]).mean(dim=1)
-        count = self._observed[name] = self._observed.get(name, 0) + 1
-        self._latest[name] = seen if count == 1 else torch.lerp(self._latest[name], seen, 1 / count)
+        before = self._observed.get(name, 0)
+        count = self._observed[name] = before + len(mean)
+        self._latest[name] = torch.lerp(self._latest[name], seen, len(mean) / count) if before else seen
 
     def correct(self, name: str, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation of a layer's input at the site, moved from the source's by the layer's share.
@@ -210,6 +212,12 @@ class SiteNorms(AlignedNorms):
             yield
         finally:
             self.site, self.observe, self.image_share = None, False, 0.0
+
+    def look(self, image: Tensor) -> None:
+        """Run the network in the windows that are looked at, two at once, which is faster than one by one."""
+        windows = list(Windows(ForwardRoute(), image).cut(image) if self.windows is None else self.windows.cut(image))
+        for i in range(0, len(windows), 2):
+            self.run(torch.cat(windows[i : i + 2]), "calibrated")
 
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
         """Return the site's statistics, blended with the image's own by ``image_share``."""
