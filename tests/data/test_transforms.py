@@ -81,5 +81,5 @@ def test_missing_mask_and_empty_file_are_named(tmp_path: Path) -> None:
 
 def test_logits_of_other_sides_than_the_image_are_refused_before_they_are_stretched() -> None:
     data = {"image": torch.rand(3, 32, 32), "pred": torch.rand(2, 28, 28)}
-    with pytest.raises(TypeError, match="returns 28x28 of an image of 32x32.*pads its convolutions"):
+    with pytest.raises(TypeError, match=r"returns 28x28 of an image of 32x32.*pads its convolutions"):
         CheckLogitsd("pred", channels=2)(data)

@@ -77,8 +77,8 @@ class ForwardRoute:
         """Run a network in the precision of its weights; images (B, C, \\*spatial) to float32 logits.
 
         Raises:
-            NetworkOutputError: for an output that is not a tensor, when the message names the keys to choose from, or is no
-                map.
+            NetworkOutputError: for an output that is no tensor, when the message names the keys to choose from, or that
+                is no map.
         """
         with _without_compiler():
             output = network(in_precision_of(network, images))
@@ -89,8 +89,8 @@ class ForwardRoute:
         if not isinstance(output, Tensor):
             raise NetworkOutputError(
                 f"{type(network).__name__} returns {_described(output)} instead of logits: name the logits, for "
-                f"instance MGIPT(network, output={_first_key(output)!r}), in a config method#output or "
-                "adaptation#output"
+                f"instance MGIPT(network, output={_likely_key(output)!r}), in a config method#output, or with "
+                "existing_bundle.yaml adaptation#output"
             )
         if output.ndim < 3:
             raise NetworkOutputError(
@@ -152,8 +152,10 @@ def _described(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
-def _first_key(output: Any) -> Any:
-    return next(iter(output), "out") if isinstance(output, dict) else 0
+def _likely_key(output: Any) -> Any:
+    if not isinstance(output, dict):
+        return 0
+    return next((key for key in output if key in ("logits", "out", "pred")), next(iter(output), "out"))
 
 
 def check_no_window(method: nn.Module) -> None:
