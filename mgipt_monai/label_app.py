@@ -53,11 +53,12 @@ MAPS = ("segmentation", "labels")
 """Formats of an output, as the zoo's metadata have them, that are a map of classes."""
 KINDS = {
     **dict.fromkeys(("classes", "classification", "labels"), "classifies images"),
-    **dict.fromkeys(("points",), "finds points"),
+    "points": "finds points",
     **dict.fromkeys(("dict", "object", "boxes"), "detects objects"),
 }
 """What a network does whose output has another format; any other makes images."""
 PROMPTS = ("instance_prompt", "global_prompts")
+"""Keys of the parts of a method that change the image."""
 NO_IMAGE = re.compile(r"click|guidance|signal|scribble|prompt|point|mask", re.IGNORECASE)
 """Names of input channels that are no image."""
 OWN_FILE = re.compile(r"@bundle_root\s*\+\s*(['\"])/?(?P<path>[^'\"]+)\1")
@@ -198,7 +199,7 @@ def _check_kind(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -
     names = {str(channel): str(name) for channel, name in (image.get("channel_def") or {}).items()}
     guided = [name for name in names.values() if NO_IMAGE.search(name)]
     guided += sorted({*re.findall(r"Add\w*(?:Guidance|Click)\w*", json.dumps(config, default=str))})
-    if guided and any("channels" not in config[prompt] for prompt in PROMPTS):
+    if guided and any(config[prompt] and "channels" not in config[prompt] for prompt in PROMPTS):
         images = [int(channel) for channel, name in names.items() if not NO_IMAGE.search(name)]
         raise ValueError(
             f"{name} takes clicks or guidance beside the image ({', '.join(guided)}), which must not be prompted: "
