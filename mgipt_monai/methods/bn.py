@@ -13,7 +13,7 @@ from mgipt_monai.networks.alignment.fused import Blend
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
 from mgipt_monai.networks.alignment.norms import AlignedNorms
 from mgipt_monai.networks.alignment.windows import Output
-from mgipt_monai.utils.state_checks import check_finite, check_keys, check_tensor
+from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor
 
 __all__ = ["BatchNormAdaptation", "DyNo"]
 
@@ -100,15 +100,16 @@ class DyNo(AdaptationMethod):
 
     def __init__(self, network: nn.Module, aligned_layers: str | None = None, output: Output | None = None) -> None:
         self.aligned_layers = aligned_layers
+        self._count = 0
         self.between: dict[str, Tensor] = {}
         super().__init__(network, output)
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
         self.norms.start(image)
-        self.norms.begin(self.between, self.images_seen)
+        self.norms.begin(self.between, self._count)
         with torch.no_grad():
             logits = self.norms.predict(image, "calibrated")
-        self.between = {**self.between, **self.norms.updated}
+        self._count, self.between = self._count + 1, {**self.between, **self.norms.updated}
         weight = torch.cat(list(self.norms.weights.values())).mean().item()
         return Prediction(logits, {"source_weight": weight, "forwards": self.norms.forwards, "backwards": 0})
 
@@ -117,12 +118,14 @@ class DyNo(AdaptationMethod):
         self.norms = _ThreeDomainNorms(self.network, self.aligned_layers, route=self.route)
 
     def _reset(self) -> None:
-        self.between = {}
+        self._count, self.between = 0, {}
 
     def _state(self) -> dict[str, Any]:
-        return {"between": {name: statistics.cpu().clone() for name, statistics in self.between.items()}}
+        between = {name: statistics.cpu().clone() for name, statistics in self.between.items()}
+        return {"count": self._count, "between": between}
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        check_number("count", state["count"], least=0, whole=True)
         check_keys("between", state["between"], set())
         for name, statistics in state["between"].items():
             if name not in self.norms.layers:
@@ -135,8 +138,9 @@ class DyNo(AdaptationMethod):
             check_finite(f"statistics of {name}", statistics)
             if (statistics[1] < 0).any():
                 raise ValueError(f"the state's statistics of {name} have a negative variance")
-        if bool(state["images_seen"]) != bool(state["between"]):
-            raise ValueError(f"the state has {state['images_seen']} images but {len(state['between'])} layers")
+        if bool(state["count"]) != bool(state["between"]):
+            raise ValueError(f"the state has {state['count']} images but statistics of {len(state['between'])} layers")
+        self._count = state["count"]
         self.between = {name: statistics.clone() for name, statistics in state["between"].items()}
 
 

@@ -73,8 +73,9 @@ def test_farther_images_leave_the_source_less_weight_once_the_stream_is_known() 
         (lambda s: s["between"].update({"1": torch.zeros(2, 5)}), r"the shape \(2, 5\), not \(2, 6\)"),
         (lambda s: s["between"]["1"].fill_(math.nan), "statistics of 1 are not finite"),
         (lambda s: s["between"]["1"].fill_(-1), "statistics of 1 have a negative variance"),
-        (lambda s: s["between"].clear(), "1 images but 0 layers"),
+        (lambda s: s["between"].clear(), "1 images but statistics of 0 layers"),
         (lambda s: s.update(between=None), "between"),
+        (lambda s: s.update(count=-1), "count"),
     ],
 )
 def test_wrong_states_are_refused_and_change_nothing(change: Callable[[dict], object], message: str) -> None:
