@@ -29,10 +29,11 @@ class InTEnt(AdaptationMethod):
     the least certain. Keeps nothing between images. Cost: 1 F for each blend.
 
     Source: Dong et al., Medical image segmentation with InTEnt: integrated entropy weighting for single image test-time
-    adaptation, CVPR 2024 workshops (arXiv 2402.09604), with the weights by entropy balance. Ours: each structure of a
-    sigmoid head has weights of its own (the paper has one structure); a prediction without foreground or without
-    background has its plain mean entropy; and each layer blends with the statistics of its own features, as
-    :class:`BatchNormAdaptation` does, where the paper takes them from one forward with the image's statistics alone.
+    adaptation, CVPR 2024 workshops (arXiv 2402.09604), with the weights by entropy balance; the blends and the scaling
+    of the entropies are those of the authors' released program. Ours: each structure of a sigmoid head has weights of
+    its own (the paper has one structure); a prediction without background has its plain mean entropy, as one without
+    foreground has; and each layer blends with the statistics of its own features, as :class:`BatchNormAdaptation` does,
+    where that program takes them from one forward with the image's statistics alone.
 
     Args:
         network: the source network, with batch norm that stores its statistics.

@@ -147,7 +147,7 @@ class TTN(AdaptationMethod):
 
     takes_windows = True
     norms: _InterpolatedNorms
-    is_checked: bool
+    _is_checked: bool
 
     def __init__(
         self,
@@ -170,9 +170,9 @@ class TTN(AdaptationMethod):
         return {"image_weight": weights.double().mean().item(), **super().settings()}
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
-        if not self.is_checked:  # not for each image, since it reads all of the network's weights
+        if not self._is_checked:  # not for each image, since it reads all of the network's weights
             self.weights.check(self.network)
-            self.is_checked = True
+            self._is_checked = True
         self.norms.start(image)
         with torch.no_grad():
             logits = self.norms.predict(image, "calibrated")
@@ -187,7 +187,7 @@ class TTN(AdaptationMethod):
                     f"the interpolation weights have {len(weights)} numbers for {name}, which has {channels} channels: "
                     f"learn them with {LEARN}"
                 )
-        self.is_checked = False
+        self._is_checked = False
         layers = {name: self.weights.layers[name] for name in found}
         self.norms = _InterpolatedNorms(layers, self.network, self.aligned_layers, route=self.route)
 
@@ -240,7 +240,8 @@ def learn_interpolation_weights(
     images: cross-entropy, plus the squared distance from the prior, averaged within each layer and added up over the
     layers. They stay in [0, 1].
 
-    Source: see :class:`TTN`. Ours: the statistics are those of one image, and the augmentation is the caller's.
+    Source: see :class:`TTN`. Ours: the statistics are those of one image, the augmentation is the caller's, and the
+    distances are compared over all layers together.
 
     Args:
         network: the source network, with batch norm that stores its statistics and has scale and shift.

@@ -43,7 +43,10 @@ def test_weight_of_zero_is_the_source_and_of_one_the_image() -> None:
     image = stream(1)[0]
     for value, expected in ((0.0, Source(tiny_network())), (1.0, BatchNormAdaptation(tiny_network()))):
         method = TTN(tiny_network(), weights_of(tiny_network(), value))
+        settings = method.settings()
+        assert settings == {"class": "TTN", "image_weight": value}
         assert torch.allclose(method(image), expected(image), atol=1e-5)
+        assert method.settings() == settings
 
 
 def test_mean_and_variance_are_those_of_the_mixture_channel_by_channel() -> None:
