@@ -9,7 +9,8 @@ where each alarm is false, or the images of another site, at once or after some 
 - a test martingale (``DriftMonitor``) on the entropy of the unadapted prediction, which is what POEM bets on (Bar et
   al., Protected test-time adaptation via online entropy matching, NeurIPS 2024);
 - one on the distance of the image from the source's statistics, the alignment loss of Eq. 2;
-- one on both.
+- one on both;
+- one on all channels of the first norm layer, each one's signed distance from the source in mean and in deviation.
 
     python benchmarks/evidence.py --dataset_dir SITES --source rimone_r3 --others drishti_gs,rimone_r2 \\
       --configs configs/fundus_odoc.yaml --ckpt_path WEIGHTS.pt
@@ -37,7 +38,9 @@ MARTINGALES = {
     "martingale on the entropy": ["entropy"],
     "martingale on the distance": ["distance"],
     "martingale on both": ["entropy", "distance"],
+    "martingale on the channels": ["channel"],
 }
+"""Detector to the first words of the signals that it bets on."""
 
 
 def signals_of(norms: SiteNorms, images: Sequence[Tensor], head: str) -> Values:
@@ -45,9 +48,11 @@ def signals_of(norms: SiteNorms, images: Sequence[Tensor], head: str) -> Values:
     rows = []
     for image in images:
         norms.start(image)
-        logits, loss = norms.predict_and_measure(image)
-        rows.append((entropy(logits, head).mean().item(), loss))
-    return dict(zip(("entropy", "distance"), np.array(rows).T, strict=True))
+        with norms.signing():
+            logits, loss = norms.predict_and_measure(image)
+        channels = {f"channel {i}": value for i, value in enumerate(norms.signature.flatten().tolist())}
+        rows.append({"entropy": entropy(logits, head).mean().item(), "distance": loss, **channels})
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
 def evidence_along(norms: SiteNorms, images: Sequence[Tensor]) -> np.ndarray:
@@ -94,7 +99,8 @@ def alarms_of(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
             for name, skipped in EVIDENCE.items():
                 above = np.flatnonzero(found[skipped:] > limits[name])
                 alarms[name][stream].append(above[0] + skipped + 1 - count if len(above) else np.inf)
-            for name, watched in MARTINGALES.items():
+            for name, words in MARTINGALES.items():
+                watched = [signal for signal in signals[options.source] if signal.split()[0] in words]
                 monitor = DriftMonitor(
                     {signal: signals[options.source][signal][reference].tolist() for signal in watched},
                     options.false_alarms,
