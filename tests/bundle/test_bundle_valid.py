@@ -115,6 +115,7 @@ EXISTING = sorted(ROOT.glob("configs/existing_*.yaml"))
 OVERLAYS = {
     *ROOT.glob("configs/**/*.yaml"),
     *(CONFIGS / f"{name}.yaml" for name in ("evaluate", "source_statistics", "suggest", "benchmark", "export")),
+    CONFIGS / "interpolation_weights.yaml",
 } - {*EXISTING}
 
 
@@ -138,6 +139,9 @@ def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
         "odoc.yaml": {"published", "probability_metrics"},
         "polyp.yaml": {"published", "methods"},
         "networks.yaml": {"methods", "compare", "probability_metrics"},
+        "precedents.yaml": {"methods", "compare", "interpolation_path"},
+        "ttn.yaml": {"interpolation_path"},
+        "interpolation_weights.yaml": {*train, "interpolation_path", "prior_strength"},
         "train_odoc.yaml": {*train, "encoder_path"},
         "train_polyp.yaml": {*train, "encoder_path", "gradient_limit"},
     }
