@@ -13,6 +13,7 @@ from .guard import Guard, Guarded, Verdict
 from .mgipt import MGIPT
 from .site_correction import SiteCorrection
 from .site_memory import SiteMemory
+from .site_rule import learn_site_rule
 from .source import Source
 from .vptta import VPTTA
 from .weight_updates import SAR, CoTTA, GraTa, Tent
@@ -35,6 +36,7 @@ __all__ = [
     "Source",
     "Tent",
     "Verdict",
+    "learn_site_rule",
 ]
 
 __getattr__ = renamed_names(__name__, {"SiteCalibration": "mgipt_monai.methods.SiteCorrection"})
