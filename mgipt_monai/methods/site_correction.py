@@ -7,7 +7,7 @@ import os
 from typing import Any, Literal
 
 import torch
-from monai.inferers import SimpleInferer
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from mgipt_monai.methods.base import Prediction
@@ -125,6 +125,19 @@ class SiteCorrection(Remembering):
         site.end()
         record = {"evidence": evidence, "adapted_weight": weight, "disagreement": mean}
         return Prediction(fused, {**record, **self._cost()}, uncertainty, source)
+
+    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
+        """See :meth:`AdaptationMethod.predict_through`.
+
+        Raises:
+            ValueError: for windows or slices together with a rule, which was learnt on whole images.
+        """
+        if self.rule is not None and not isinstance(inferer, SimpleInferer):
+            raise ValueError(
+                f"a rule of site correction holds for whole images, not for the windows of a {type(inferer).__name__}: "
+                "leave it out (in the bundle: rule_path)"
+            )
+        super().predict_through(inferer, windows)
 
     def settings(self) -> dict[str, Any]:
         """Return the settings, with the rule's digest: a run resumes with the same alone."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import nn
 
 from mgipt_monai import SiteCorrection
@@ -97,6 +98,13 @@ def test_trust_is_the_rules_unless_it_is_given(source: nn.Module, rule: SiteRule
     assert SiteCorrection(source, rule=rule).trust == rule.trust
     assert SiteCorrection(source, rule=rule, trust=1.5).trust == 1.5
     assert SiteCorrection(source).trust == 2.5
+
+
+def test_windows_are_refused_as_the_rule_is_of_whole_images(source: nn.Module, rule: SiteRule) -> None:
+    method = SiteCorrection(source, rule=rule)
+    method.predict_through(SimpleInferer())
+    with pytest.raises(ValueError, match="not for the windows of a SlidingWindowInferer: leave it out"):
+        method.predict_through(SlidingWindowInferer(roi_size=(16, 16)))
 
 
 def test_learning_leaves_the_network_and_is_the_same_each_time(source: nn.Module, rule: SiteRule) -> None:
