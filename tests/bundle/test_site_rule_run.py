@@ -31,7 +31,7 @@ def test_a_rule_is_learnt_and_used(site: Path, demo_sites: Path, tmp_path: Path)
     assert "largest structures 1: evidence" in done.stdout + done.stderr
     rule = SiteRule.load(path)
     assert rule.images == 13
-    assert 0 < rule.trust <= 2.5
+    assert 0 < rule.trust <= 2
 
     weights = {}
     for name, settings in (("with", {"rule_path": path}), ("without", {})):
