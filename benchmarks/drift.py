@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from monai.bundle import ConfigParser
-from torch import Tensor
+from torch import Tensor, nn
 
 from mgipt_monai.commissioning.suggestion import describe, distances_between, spread_sample
 from mgipt_monai.methods import DriftMonitor
@@ -66,8 +66,8 @@ def signals_of(image: Tensor, logits: Tensor, head: str) -> dict[str, float]:
     return {**areas, **{name: float(value) for name, value in rest.items()}}
 
 
-def measured(configs: Sequence[Path], **settings: object) -> dict[str, tuple[Values, Tensor]]:
-    """Return each site's signals, with the network of the bundle, not adapted, and its images' distances."""
+def loaded(configs: Sequence[Path], **settings: object) -> tuple[nn.Module, str, dict[str, list[dict]]]:
+    """Return the network of the bundle, its head, and the images of each site."""
     parser = ConfigParser(ConfigParser.load_config_files([str(INFERENCE), *map(str, configs)]))
     parser.update({"bundle_root": str(ROOT / "bundle"), "device": "$torch.device('cpu')", **settings})
     parser["stream"] = "@found_images"
@@ -76,6 +76,12 @@ def measured(configs: Sequence[Path], **settings: object) -> dict[str, tuple[Val
     items: dict[str, list[dict]] = {}
     for item in parser.get_parsed_content("dataset"):
         items.setdefault(item["site"], []).append(item)
+    return network, head, items
+
+
+def measured(configs: Sequence[Path], **settings: object) -> dict[str, tuple[Values, Tensor]]:
+    """Return each site's signals, with the network of the bundle, not adapted, and its images' distances."""
+    network, head, items = loaded(configs, **settings)
     found = {}
     for site, of_site in items.items():
         with torch.no_grad():

@@ -102,6 +102,17 @@ BUNDLE_COMMANDS = {
         method=False,
         resumes="",
     ),
+    "interpolation-weights": BundleCommand(
+        "learn from labelled source images how much of an image's statistics each channel takes (method ttn)",
+        {
+            "dataset_dir": SITES,
+            "interpolation_path": ("FILE", "file to write, for the key interpolation_path of --config methods/ttn"),
+        },
+        ["inference", "train", "interpolation_weights"],
+        'mgipt interpolation-weights sites ttn.pt --sites "[clinic]" --weights network.pt',
+        method=False,
+        resumes="",
+    ),
     "commission": BundleCommand(
         "find out on five to twenty labelled images of a site what helps there, and prove it",
         {

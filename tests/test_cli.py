@@ -98,6 +98,16 @@ def test_evaluate_trains_and_measures_source_images(sites: Path, tmp_path: Path)
     for name in ("source-statistics", "calibrate"):
         mgipt(name, sites / "cold_noisy", tmp_path / f"{name}.pt", "--weights", weights, *small)
         mgipt_monai.SourceStatistics.load(tmp_path / f"{name}.pt")
+    ttn = tmp_path / "ttn.pt"
+    words = ["--weights", weights, "--sites", "[cold_noisy]", *small]
+    mgipt("interpolation-weights", sites, ttn, "--max_epochs", 1, *words)
+    mgipt("evaluate", sites, tmp_path / "ttn", "--config", "methods/ttn", "--interpolation_path", ttn, *words)
+    assert all(row["forwards"] == 2 for row in RecordFile(tmp_path / "ttn" / "records.jsonl").read())
+    words[1] = installed() / "models" / "model.pt"  # another network
+    done = mgipt(
+        "evaluate", sites, tmp_path / "x", "--config", "methods/ttn", "--interpolation_path", ttn, *words, fails=True
+    )
+    assert "belong to other weights" in done.stderr
 
 
 def test_suggest_writes_a_datalist_for_the_masks_and_nothing_else(photographs: Path, tmp_path: Path) -> None:

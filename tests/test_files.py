@@ -120,6 +120,8 @@ def test_table_has_a_line_per_site_in_the_order_of_the_stream() -> None:
         lambda s: s,
         lambda s: {"model": s},
         lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model_state_dict": s, "optimizer_state_dict": {"state": {}}, "stats": [0.5]},
+        lambda s: {"network_weights": s, "trainer_name": "nnUNetTrainer"},
         lambda s: {f"module.{key}": value for key, value in s.items()},
         lambda s: {"model": {f"module.{key}": value for key, value in s.items()}},
     ],

@@ -23,7 +23,7 @@ from mgipt_monai.stream.pseudonyms import Pseudonyms
 from mgipt_monai.utils.outputs import OutputFolder
 from mgipt_monai.utils.provenance import versions
 
-__all__ = ["commission_site", "read_labelled", "with_earlier", "write_site"]
+__all__ = ["commission_cases", "commission_site", "read_labelled", "with_earlier", "write_site"]
 
 SETTING, OVERLAY, EXISTING, REPORT, PAGE = (
     "site.pt",
@@ -63,6 +63,33 @@ def commission_site(
         FileNotFoundError: for ``audit`` in a folder without a commissioned setting.
         ValueError: as :func:`mgipt_monai.commission`, and for an image that cannot be read.
     """
+    return commission_cases(network, _labelled(dataset, items), output_dir, mode, identifiers, items, **settings)
+
+
+def commission_cases(
+    network: nn.Module,
+    cases: Iterable[dict[str, Any]],
+    output_dir: str | os.PathLike[str],
+    mode: Mode = "new",
+    identifiers: Literal["names", "hashed"] = "names",
+    items: Sequence[Mapping[str, Any]] = (),
+    **settings: Any,
+) -> Commissioning | Audit:
+    """Commission a site on labelled images that another pipeline reads, as :func:`commission_site` does.
+
+    Args:
+        network: the frozen source network, with its weights.
+        cases: as for :func:`mgipt_monai.commission`; they are read once, after the settings have been checked.
+        output_dir: the site's folder.
+        mode: as for :func:`commission_site`.
+        identifiers: as for :func:`commission_site`.
+        items: where the images are, so that more can be added later; nothing writes none.
+        settings: of :func:`mgipt_monai.commission`.
+
+    Raises:
+        FileNotFoundError: for ``audit`` in a folder without a commissioned setting.
+        ValueError: as :func:`mgipt_monai.commission`.
+    """
     if mode not in ("new", "add", "audit"):
         raise ValueError(f"mode must be new, add or audit, got {mode!r}")
     if identifiers not in ("names", "hashed"):
@@ -73,7 +100,7 @@ def commission_site(
 
     def reading() -> Iterator[dict[str, Any]]:
         """Yield the images, which are read only when the settings have been checked."""
-        for case in _labelled(dataset, items):
+        for case in cases:
             if pseudonyms is not None:
                 case |= {key: pseudonyms.of(case[key]) for key in ("name", "group") if key in case}
             read.append(case)
@@ -126,15 +153,15 @@ def with_earlier(
 
     Raises:
         FileNotFoundError: if the site was not commissioned before.
-        ValueError: if its names were hidden, so that its images are not known any more.
+        ValueError: if the report does not say where its images are, as names were hidden.
     """
     if mode != "add":
         return list(items)
     report = _read_report(Path(output_dir) / REPORT)
     if not report["images"]:
         raise ValueError(
-            f"{Path(output_dir) / REPORT} does not say where its images are, as their names were hidden: commission "
-            "the site again with all labelled images"
+            f"{Path(output_dir) / REPORT} does not say where its images are (their names were hidden, or another "
+            "bundle's pipeline read them): commission the site again with all labelled images"
         )
     paths = {os.path.realpath(item["image"]) for item in report["images"]}
     return [*report["images"], *(item for item in items if os.path.realpath(str(item["image"])) not in paths)]

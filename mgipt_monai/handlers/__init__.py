@@ -7,6 +7,7 @@ from mgipt_monai.handlers.measure_source import SourceStatisticsHandler
 
 from .adaptation import TestTimeAdaptationHandler
 from .average_prompts import AveragePromptsHandler
+from .commission_site import CommissioningHandler
 from .evaluators import network_of
 from .peak_memory import PeakMemoryHandler
 from .resumable_training import ResumableTrainingHandler
@@ -15,6 +16,7 @@ from .work_ahead import WorkAheadHandler
 
 __all__ = [
     "AveragePromptsHandler",
+    "CommissioningHandler",
     "PeakMemoryHandler",
     "ResumableTrainingHandler",
     "SourceStatisticsHandler",

@@ -6,36 +6,43 @@ from __future__ import annotations
 from mgipt_monai._renamed import renamed_names
 
 from .base import AdaptationMethod
-from .bn import BatchNormAdaptation
+from .bn import BatchNormAdaptation, DyNo
 from .commissioned import Commissioned, SiteSetting
 from .drift_monitor import DriftMonitor
 from .guard import Guard, Guarded, Verdict
+from .intent import InTEnt
 from .mgipt import MGIPT
 from .site_correction import SiteCorrection
 from .site_memory import SiteMemory
 from .site_rule import learn_site_rule
 from .source import Source
+from .ttn import TTN, InterpolationWeights, learn_interpolation_weights
 from .vptta import VPTTA
 from .weight_updates import SAR, CoTTA, GraTa, Tent
 
 __all__ = [
     "MGIPT",
     "SAR",
+    "TTN",
     "VPTTA",
     "AdaptationMethod",
     "BatchNormAdaptation",
     "CoTTA",
     "Commissioned",
     "DriftMonitor",
+    "DyNo",
     "GraTa",
     "Guard",
     "Guarded",
+    "InTEnt",
+    "InterpolationWeights",
     "SiteCorrection",
     "SiteMemory",
     "SiteSetting",
     "Source",
     "Tent",
     "Verdict",
+    "learn_interpolation_weights",
     "learn_site_rule",
 ]
 

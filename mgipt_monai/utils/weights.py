@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 FINGERPRINT = ".sha256"
 """Ending of the file with a weights file's fingerprint, as ``sha256sum`` writes it."""
+WRAPPERS = ("model", "state_dict", "model_state_dict", "network_weights")
+"""Keys under which checkpoints hold the state dict: those of MONAI, Lightning, PyTorch's tutorials and nnU-Net."""
 
 
 def load_source_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -35,8 +37,8 @@ def load_source_weights(network: nn.Module, path: str | os.PathLike[str]) -> Non
 
     Args:
         network: the source network.
-        path: a state dict, or a dict with one under ``model`` or ``state_dict``; tensors and plain types only. The
-            prefix ``module.`` of ``DataParallel`` is removed.
+        path: a state dict, or a dict with one under ``model``, ``state_dict``, ``model_state_dict`` or
+            ``network_weights``; tensors and plain types only. The prefix ``module.`` of ``DataParallel`` is removed.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -126,13 +128,16 @@ def _read(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors: {error}") from error
-    for key in ("model", "state_dict"):
+    for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds a {type(state).__name__}, not a state dict")
     if others := [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
-        raise ValueError(f"{path} is not a state dict of tensors: look at {_some(list(map(str, others)))}")
+        raise ValueError(
+            f"{path} is not a state dict of tensors ({_some(list(map(str, others)))} are not): save the network's "
+            f"state dict alone, or under one of the keys {', '.join(WRAPPERS)}"
+        )
     return state
 
 

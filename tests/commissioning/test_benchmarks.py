@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmarks of the drift monitor and of suggested images measure what they say."""
+"""The benchmarks of the drift monitor, of evidence and of suggested images measure what they say."""
 
 from __future__ import annotations
 
@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 import torch
 
+from mgipt_monai import SiteCorrection
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
-from tests.conftest import load_benchmark
+from mgipt_monai.networks import SiteNorms
+from tests.conftest import load_benchmark, stream, tiny_network
 
 
 @pytest.fixture(scope="module")
 def drift() -> ModuleType:
     return load_benchmark("drift")
+
+
+@pytest.fixture(scope="module")
+def evidence(drift: ModuleType) -> ModuleType:
+    return load_benchmark("evidence")  # it imports from drift
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +59,29 @@ def test_signals_of_both_heads(drift: ModuleType) -> None:
     softmax = drift.signals_of(torch.zeros(1, 1, 2), logits, "softmax")
     assert [sigmoid[f"area {i}"] for i in (1, 2, 3)] == [0.5, 0.5, 0.0]
     assert [softmax[f"area {i}"] for i in (1, 2)] == [0.5, 0.0]
+
+
+def test_evidence_along_a_stream_is_that_of_site_correction(evidence: ModuleType) -> None:
+    method, images = SiteCorrection(tiny_network(), memory=None), stream(5)
+    expected = [method(image) is not None and method.last[0]["evidence"] for image in images]
+    with torch.no_grad():
+        found = evidence.evidence_along(SiteNorms(tiny_network().eval()), images)
+    assert found == pytest.approx(expected)
+
+
+def test_evidence_prints_its_table(
+    evidence: ModuleType, sites: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = Path(evidence.__file__).parents[1] / "bundle" / "models" / "model.pt"
+    words = ["--dataset_dir", str(sites), "--source", "warm_vignetted", "--others", "cold_noisy", "--repeats", "2"]
+    monkeypatch.setitem(evidence.EVIDENCE, "evidence from image 11", 1)  # these streams are shorter
+    evidence.main([*words, "--ckpt_path", str(weights), "--before", "2"])
+    first, _, _, *rows = capsys.readouterr().out.splitlines()
+    assert first.startswith("reference: 3 images; limit of evidence: 0.")
+    cells = [[cell.strip() for cell in row.split("|")[1:3]] for row in rows]
+    detectors = [*evidence.EVIDENCE, *evidence.MARTINGALES]
+    streams = ("the source's other half", "cold_noisy", "cold_noisy later")
+    assert cells == [[stream, name] for stream in streams for name in detectors]
 
 
 def test_dice_of_an_offset_is_that_of_the_mask(suggestion: ModuleType) -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +14,22 @@ import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigParser
+from monai.engines import SupervisedEvaluator
 from PIL import Image
+from scipy.ndimage import binary_erosion
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from mgipt_monai import RecordFile, load_state
+from mgipt_monai import RecordFile, find_stream, load_state
 from mgipt_monai.commissioning import commission, write_site
 from mgipt_monai.commissioning.trial import BASES, build_base
+from mgipt_monai.handlers import CommissioningHandler
+from mgipt_monai.handlers.commission_site import channels_of
 from mgipt_monai.methods import Commissioned
-from tests.bundle.conftest import run_bundle
+from tests.bundle.conftest import ROOT, run_bundle
 from tests.bundle.test_existing_bundles import ADAPT, AFFINE, make_bundle, pattern, read_masks
 
+COMMISSION = ROOT / "configs" / "existing_commission.yaml"
 UNET = {"spatial_dims": 2, "in_channels": 3, "out_channels": 2, "channels": [4, 8, 8], "strides": [2, 2]}
 
 
@@ -143,3 +150,93 @@ def test_weights_that_the_bundle_loads_must_be_those_commissioned(tmp_path: Path
     assert done.returncode
     assert "the site was commissioned with other weights than this UNet has" in done.stdout + done.stderr
     assert not (root / "eval").exists()
+
+
+def evaluation_of(root: Path) -> Path:
+    """Write the spleen-like bundle's config for evaluation, as the zoo has it: below ``validate``, with labels."""
+    config = ConfigParser.load_config_file(root / "configs" / "inference.yaml")
+    for key in ("postprocessing", "run"):
+        del config[key]
+    transforms = config["preprocessing"]["transforms"]
+    for transform in transforms:
+        if transform["_target_"] != "ScaleIntensityRanged":
+            transform["keys"] = ["image", "label"]
+    transforms[3]["mode"] = ["bilinear", "nearest"]
+    config["dataset"]["data"], config["evaluator"]["postprocessing"] = [], None
+    moved = {key: config.pop(key) for key in ("preprocessing", "dataset", "dataloader", "inferer", "evaluator")}
+    text = str({**config, "validate": moved, "run": ["$@validate#evaluator.run()"]})
+    for key in moved:
+        text = text.replace(f"@{key}'", f"@validate#{key}'")
+    path = root / "configs" / "evaluate.yaml"
+    ConfigParser.export_config_file(ast.literal_eval(text), str(path), fmt="yaml")
+    return path
+
+
+def test_overlay_commissions_the_network_of_an_existing_bundle(tmp_path: Path) -> None:
+    root, data, site = make_bundle(tmp_path / "bundle", "spleen_like"), tmp_path / "labelled", tmp_path / "site"
+    data.mkdir()
+    write_labelled(data / "images", "spleen_like")
+    config, evaluation = root / "configs" / "inference.yaml", evaluation_of(root)
+    run_bundle([config], bundle_root=root, dataset_dir=data / "images", output_dir=tmp_path / "predicted")
+    (data / "masks").mkdir()
+    for path in (tmp_path / "predicted").rglob("*.nii.gz"):
+        mask = nib.load(path)
+        smaller = binary_erosion(np.asarray(mask.dataobj) > 0).astype("uint8")
+        nib.save(nib.Nifti1Image(smaller, mask.affine), data / "masks" / path.name.replace("_seg", ""))
+
+    settings = {"bundle_root": root, "labelled_dir": data, "site_dir": site, "validate#dataset#data": "@labelled"}
+    tried = {"commissioning#candidates": ["none + offset"], "commissioning#max_harm": 1}
+    run_bundle([evaluation, COMMISSION], **settings, **tried)
+    report = json.loads((site / "commissioning.json").read_text())
+    assert [case["name"] for case in report["cases"]] == [f"ct_{i}" for i in range(6)]
+    assert report["certified"]
+    run_bundle([config, ADAPT, site / "site_existing.yaml"], bundle_root=root, output_dir=root / "after")
+    rows = RecordFile(root / "adaptation" / "records.jsonl").read()
+    assert [(row["status"], row["corrected"]) for row in rows] == [("ok", ["offset"])] * 2
+
+    # the same cases through Python
+    parser = bundle_of(root)
+    evaluator = ConfigParser({**ConfigParser.load_config_file(evaluation), "bundle_root": str(root)})
+    evaluator["validate"]["dataset"]["data"] = find_stream(data, labelled=True)
+    cases = [
+        {"image": case["image"], "label": case["label"], "name": str(i)}
+        for i, case in enumerate(evaluator.get_parsed_content("validate#dataset"))
+    ]
+    inferer = evaluator.get_parsed_content("validate#inferer")
+    network = parser.get_parsed_content("network")
+    result = commission(network, cases, head="softmax", candidates=["none + offset"], inferer=inferer, max_harm=1)
+    assert result.statement == report["statement"]
+
+    # an audit refuses the images that it was commissioned on
+    done = run_bundle([evaluation, COMMISSION], check=False, audit=True, **settings)
+    assert "the site was commissioned on this image" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("label", "classes", "head", "expected"),
+    [
+        ([[0, 1, 2]], 2, "softmax", [[0, 1, 0], [0, 0, 1]]),
+        ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], 2, "softmax", [[0, 1, 0], [0, 0, 1]]),
+        ([[1, 1, 0], [0, 1, 0]], 2, "sigmoid", [[1, 1, 0], [0, 1, 0]]),
+        ([[0, 1, 1]], 1, "softmax", [[0, 1, 1]]),
+        ([[0, 1, 2]], 2, "sigmoid", [[0, 1, 0], [0, 0, 1]]),
+        ([[0, 2, 2]], 1, "sigmoid", r"ct: the label has class 2 and the network predicts 1 classes \(sigmoid"),
+        ([[0, 1], [1, 0]], 3, "softmax", r"ct: the label has 2 channels and the network predicts 3 classes"),
+    ],
+)
+def test_labels_of_pipelines_become_channels(label: list, classes: int, head: str, expected: Any) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            channels_of(torch.tensor(label), classes, head, "ct")
+    else:
+        assert channels_of(torch.tensor(label), classes, head, "ct").tolist() == expected
+
+
+def test_pipeline_without_labels_is_told_which_config_to_use(tmp_path: Path) -> None:
+    evaluator = SupervisedEvaluator("cpu", [{"image": torch.rand(1, 3, 16, 16)}], nn.Conv2d(3, 2, 1))
+    evaluator.logger.setLevel("CRITICAL")
+    CommissioningHandler(tmp_path / "site").attach(evaluator)
+    with pytest.raises(ValueError, match="use the config that evaluates the network"):
+        evaluator.run()
+    with pytest.raises(ValueError, match="mode must be new or audit, got 'add'"):
+        CommissioningHandler(tmp_path / "site", mode="add")

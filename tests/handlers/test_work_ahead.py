@@ -32,7 +32,7 @@ from mgipt_monai import (
     TestTimeAdaptationHandler,
 )
 from mgipt_monai.handlers import WorkAheadHandler
-from mgipt_monai.methods import Guard
+from mgipt_monai.methods import DyNo, Guard
 from tests.conftest import identical, same_state, snapshot, stream, tiny_network, without_times
 
 METHODS: dict[str, Callable[[nn.Module], AdaptationMethod]] = {
@@ -42,6 +42,7 @@ METHODS: dict[str, Callable[[nn.Module], AdaptationMethod]] = {
     "steady": SiteCorrection,
     "vptta": VPTTA,
     "bn": BatchNormAdaptation,
+    "dyno": DyNo,
     "tent": lambda network: Tent(network, lr=0.01),
     "cotta": CoTTA,
     "grata": GraTa,

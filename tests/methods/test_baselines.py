@@ -17,6 +17,7 @@ from monai.bundle import ConfigParser
 from monai.data import MetaTensor
 from monai.networks.nets import UNet
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import mgipt_monai
 from mgipt_monai import (
@@ -30,12 +31,14 @@ from mgipt_monai import (
     Source,
     Tent,
 )
+from mgipt_monai.methods import TTN, DyNo, InTEnt, InterpolationWeights
 from mgipt_monai.methods.weight_updates import grata
 from mgipt_monai.methods.weight_updates.base import WeightAdaptation, norm_affine_names
 from mgipt_monai.methods.weight_updates.losses import confidence, entropy, logits_of, probabilities
 from mgipt_monai.methods.weight_updates.sar import uphill
 from mgipt_monai.methods.weight_updates.views import mean_probabilities, scales_and_flips, turns_and_flips
 from mgipt_monai.networks import AlignedNorms
+from mgipt_monai.utils.provenance import fingerprint
 from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +56,13 @@ def sar(network: nn.Module, **settings: Any) -> SAR:
     return SAR(network, **{"recovery_threshold": 0, "lr": 0.05, "margin": 0.9, **settings})
 
 
+def ttn(network: nn.Module, **settings: Any) -> TTN:
+    """TTN with the same weight for all channels of all batch norms."""
+    norms = {name: layer for name, layer in network.named_modules() if isinstance(layer, _BatchNorm)}
+    layers = {name: torch.full((layer.num_features,), 0.3) for name, layer in norms.items()} or {"": torch.ones(1)}
+    return TTN(network, InterpolationWeights(layers, images=3, fingerprint=fingerprint(network)), **settings)
+
+
 METHODS: dict[str, Callable[..., AdaptationMethod]] = {
     "bn": BatchNormAdaptation,
     "tent": Tent,
@@ -60,8 +70,13 @@ METHODS: dict[str, Callable[..., AdaptationMethod]] = {
     "cotta": cotta,
     "grata": GraTa,
     "steady": SiteCorrection,
+    "dyno": DyNo,
+    "intent": InTEnt,
+    "ttn": ttn,
 }
-TRAINED = [name for name in METHODS if name not in ("bn", "steady")]
+STATELESS = ("bn", "intent", "ttn")
+HEADLESS = ("bn", "dyno", "ttn")
+TRAINED = ["tent", "sar", "cotta", "grata"]
 AFFINE_ONLY = ["tent", "sar", "grata"]
 
 every = pytest.mark.parametrize("name", METHODS)
@@ -110,8 +125,9 @@ def test_reset_gives_the_first_prediction_again(name: str, images: list[torch.Te
     fresh = method.adaptation_state()
     first = method(images[0])
     again = method(images[0])
-    # SAR, TENT and CoTTA predict before they learn, GraTa after; the second time all have learnt
-    assert torch.equal(first, again) == (name == "bn")
+    # SAR, TENT and CoTTA predict before they learn, GraTa after; the second time all have learnt, but the mean of
+    # DyNo's images is still that image
+    assert torch.equal(first, again) == (name in (*STATELESS, "dyno"))
     method.reset()
     assert same_state(method.adaptation_state(), fresh)
     assert method.last == []
@@ -197,7 +213,7 @@ def test_works_under_no_grad_inference_mode_and_autocast(name: str, images: list
     [(2, 3, 1, "sigmoid"), (2, 1, 2, "sigmoid"), (2, 3, 3, "softmax"), (3, 1, 2, "sigmoid"), (3, 2, 2, "softmax")],
 )
 def test_any_head_and_dimension(name: str, dims: int, channels: int, classes: int, head: str) -> None:
-    method = build(name, tiny_network(dims, channels, classes), **({} if name == "bn" else {"head": head}))
+    method = build(name, tiny_network(dims, channels, classes), **({} if name in HEADLESS else {"head": head}))
     for image in stream(2, size=8, channels=channels, dims=dims):
         assert method(image).shape == (1, classes, *[8] * dims)
         assert all(isinstance(v, (bool, int, float, type(None))) for v in method.last[0].values())
@@ -230,13 +246,14 @@ def test_forwards_are_counted_as_they_are(name: str, images: list[torch.Tensor])
     # the copies take the hook with them
     network.register_forward_hook(lambda _module, inputs, _output: calls.append(len(inputs[0])))
     method = build(name, network)
-    cost = {"bn": (1, 0), "tent": (1, 1), "sar": (2, 2), "cotta": (6, 1), "grata": (9, 2), "steady": (3, 0)}[name]
+    cost = {"bn": (1, 0), "tent": (1, 1), "sar": (2, 2), "cotta": (6, 1), "grata": (9, 2), "steady": (3, 0)}
+    cost |= {"dyno": (1, 0), "intent": (6, 0), "ttn": (1, 0)}
     for image in images[:2]:
         calls.clear()
         method(image)
         record = method.last[0]
-        assert (record["forwards"], record["backwards"]) == cost
-        assert sum(calls) == cost[0]
+        assert (record["forwards"], record["backwards"]) == cost[name]
+        assert sum(calls) == cost[name][0]
 
 
 @every
@@ -252,7 +269,7 @@ def test_failed_image_leaves_the_state_as_it_was(name: str, images: list[torch.T
     assert torch.equal(method(images[2]), clean(images[2]))
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "ttn"])  # its weights belong to one network
 def test_checkpoint_of_the_plain_network_counts_from_the_next_stream(name: str, images: list[torch.Tensor]) -> None:
     method = build(name, tiny_network(seed=1))
     method(images[0])
@@ -262,7 +279,7 @@ def test_checkpoint_of_the_plain_network_counts_from_the_next_stream(name: str, 
     assert torch.equal(method(images[0]), build(name)(images[0]))
 
 
-@every
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "ttn"])  # it needs a file: test_ttn
 def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
     parser = ConfigParser()
     parser.read_config(str(ROOT / "bundle/configs/inference.yaml"))
@@ -274,7 +291,7 @@ def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
     method = parser.get_parsed_content("method")
     assert type(method) is type(build(name))
     expected = {"head": "softmax", "seed": 7} if name in ("cotta", "grata") else {"head": "softmax"}
-    assert name == "bn" or {key: getattr(method, key) for key in expected} == expected
+    assert name in HEADLESS or {key: getattr(method, key) for key in expected} == expected
     # the numbers of the overlay are the defaults
     plain = type(method)(tiny_network())
     for key in set(parser["method"]) - {"_target_", "network", "head", "seed", "jitter", "site", "memory"}:
@@ -301,6 +318,9 @@ def test_overlay_puts_the_method_into_the_bundle(name: str) -> None:
         (CoTTA, {"scales": (1, 0)}, r"\(1, 0\)"),
         (CoTTA, {"seed": -3}, "-3"),
         (GraTa, {"lr": math.inf}, "inf"),
+        (InTEnt, {"source_weights": ()}, r"\(\)"),
+        (InTEnt, {"source_weights": (0, 1.5)}, r"\(0, 1.5\)"),
+        (InTEnt, {"head": "relu"}, "'relu'"),
         (SiteCorrection, {"trust": 0}, "trust .* got 0"),
         (SiteCorrection, {"image_share": 1.5}, "image_share .* 1.5"),
         (SiteCorrection, {"head": "relu"}, "'relu'"),

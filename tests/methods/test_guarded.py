@@ -22,7 +22,7 @@ from mgipt_monai import (
     Tent,
     TestTimeAdaptationHandler,
 )
-from mgipt_monai.methods import CoTTA, Guard, Guarded
+from mgipt_monai.methods import CoTTA, DyNo, Guard, Guarded
 from mgipt_monai.methods.guard.guard import THRESHOLDS
 from tests.conftest import assert_batch_equals_one_by_one, identical, same_state, snapshot, stream, tiny_network
 
@@ -31,6 +31,7 @@ METHODS: dict[str, Callable[[nn.Module], AdaptationMethod]] = {
     "vptta": VPTTA,
     "steady": SiteCorrection,
     "bn": BatchNormAdaptation,
+    "dyno": DyNo,
     "tent": lambda network: Tent(network, lr=0.01),
     "cotta": CoTTA,
     "source": Source,

@@ -24,7 +24,7 @@ from mgipt_monai import (
     Tent,
 )
 from mgipt_monai.data import AddUnadaptedd
-from mgipt_monai.methods import Commissioned, Guard, Guarded
+from mgipt_monai.methods import Commissioned, DyNo, Guard, Guarded, InTEnt
 from mgipt_monai.methods.commissioned import SiteSetting
 from mgipt_monai.networks.correction import Correction
 from mgipt_monai.utils.provenance import fingerprint
@@ -43,6 +43,8 @@ def commissioned(network: nn.Module) -> Commissioned:
 METHODS: dict[str, tuple[Callable[[nn.Module], AdaptationMethod], int]] = {
     "source": (Source, 0),
     "steady": (SiteCorrection, 0),
+    "intent": (InTEnt, 0),
+    "dyno": (DyNo, 1),
     "guarded": (lambda network: Guarded(quick(network), Guard()), 0),
     "commissioned": (commissioned, 0),
     "mgipt": (quick, 1),

@@ -10,6 +10,7 @@ from monai.inferers import PatchInferer, SimpleInferer, SliceInferer, SlidingWin
 from torch import Tensor, nn
 
 from mgipt_monai import MGIPT, VPTTA, AdaptiveInferer, BatchNormAdaptation, Source, Tent, TestTimeAdaptationHandler
+from mgipt_monai.methods import InTEnt
 from mgipt_monai.networks import FrequencyPrompt
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
 
@@ -31,7 +32,13 @@ def quick(net: nn.Module) -> MGIPT:
     return MGIPT(net, steps=2, instance_sizes=(1, 3), global_sizes=(3,))
 
 
-METHODS = {"mgipt": quick, "vptta": lambda net: VPTTA(net, side=3), "bn": BatchNormAdaptation, "source": Source}
+METHODS = {
+    "mgipt": quick,
+    "vptta": lambda net: VPTTA(net, side=3),
+    "bn": BatchNormAdaptation,
+    "intent": InTEnt,
+    "source": Source,
+}
 
 
 @pytest.mark.parametrize("name", METHODS)

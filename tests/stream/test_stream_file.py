@@ -28,6 +28,7 @@ from mgipt_monai import (
     Tent,
     TestTimeAdaptationHandler,
 )
+from mgipt_monai.methods import DyNo, InTEnt
 from mgipt_monai.stream import command as state
 from mgipt_monai.stream.state_file import read
 from tests.conftest import tiny_network
@@ -57,7 +58,7 @@ def run(folder: Path, count: int, sites: str = "A", **settings) -> MGIPT:
     return method
 
 
-@pytest.mark.parametrize("method", [MGIPT, SAR, VPTTA, BatchNormAdaptation, CoTTA, GraTa, Source, Tent])
+@pytest.mark.parametrize("method", [MGIPT, SAR, VPTTA, BatchNormAdaptation, CoTTA, DyNo, GraTa, InTEnt, Source, Tent])
 def test_settings_are_the_same_before_and_after_images(method: type) -> None:
     adapted = method(tiny_network())
     before = adapted.settings()

@@ -1,0 +1,365 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TTN: a weight of the image's statistics for each channel, learnt once from labelled source images.
+
+The weights are few numbers, kept in a file beside the network's. :func:`learn_interpolation_weights` makes them:
+augmented images show which channels react to a change of look, and the labels how much of it should be normalised away.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, cast
+
+import torch
+from monai.utils import convert_to_tensor
+from torch import Tensor, nn
+
+from mgipt_monai.methods.base import AdaptationMethod, Prediction
+from mgipt_monai.methods.weight_updates.losses import cross_entropy
+from mgipt_monai.networks.alignment.fused import instance_statistics
+from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers, stored_statistics
+from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Output
+from mgipt_monai.networks.prompts.early_stop import Head, check_head
+from mgipt_monai.utils.files import load_state, save_state
+from mgipt_monai.utils.provenance import fingerprint
+from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor, is_whole
+
+__all__ = ["TTN", "InterpolationWeights", "learn_interpolation_weights"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+TINY = 1e-200
+"""Smallest divisor, so that a gradient of zero has no direction."""
+LEARN = "`mgipt interpolation-weights SITES FILE --weights WEIGHTS`"
+
+
+@dataclass(frozen=True)
+class InterpolationWeights:
+    """Weights of the image's statistics in TTN's blend, for one network.
+
+    Attributes:
+        layers: dotted name of a norm layer to its weights, (C,) in [0, 1]; the source's statistics have the rest.
+        images: number of source images that they were learnt from.
+        fingerprint: of the network's weights, see :func:`mgipt_monai.utils.provenance.fingerprint`.
+        path: the file they were read from; None if they were not read from a file.
+
+    Raises:
+        ValueError: at construction, for layers without weights in [0, 1], or a number of images below 1.
+    """
+
+    layers: dict[str, Tensor]
+    images: int
+    fingerprint: str
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        check_keys("interpolation weights", self.layers, set())
+        if not self.layers:
+            raise ValueError("the interpolation weights have no layers")
+        for name, weights in self.layers.items():
+            check_tensor(f"weights of {name}", weights)
+            check_finite(f"weights of {name}", weights)
+            if weights.ndim != 1 or not ((weights >= 0) & (weights <= 1)).all():
+                raise ValueError(f"the weights of {name} are not numbers in [0, 1], one per channel")
+        check_number("number of source images", self.images, least=1, whole=True)
+        if not isinstance(self.fingerprint, str):
+            raise ValueError(f"the fingerprint must be a text, got a {type(self.fingerprint).__name__}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one.
+
+        Raises:
+            FileExistsError: if there is a file of another kind, such as the network's weights.
+        """
+        if os.path.lexists(path):
+            try:
+                InterpolationWeights.load(path)
+            except (OSError, ValueError):
+                raise FileExistsError(
+                    f"{path} has no interpolation weights, and is not overwritten: choose another name, or move it away"
+                ) from None
+        content = {"version": VERSION, "images": self.images, "fingerprint": self.fingerprint, "layers": self.layers}
+        save_state(content, path, sealed=True)
+        logger.info("weights of %d layers from %d source images written to %s", len(self.layers), self.images, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InterpolationWeights:
+        """Read a file written by :meth:`save`, without executing any code in it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or of another kind.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there are no interpolation weights at {path}: learn them with {LEARN}")
+        try:
+            content = load_state(path, "file of interpolation weights")
+            check_keys("file", content, {"version", "layers", "images", "fingerprint"})
+            check_number("version", content["version"], VERSION, VERSION, whole=True)
+            return cls(content["layers"], content["images"], content["fingerprint"], os.fspath(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{path} has no readable interpolation weights ({error.__cause__ or error}): learn them with {LEARN}"
+            ) from error
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError unless ``network`` has exactly the weights that these were learnt with."""
+        if fingerprint(network) != self.fingerprint:
+            origin = "the interpolation weights" if self.path is None else f"the interpolation weights in {self.path}"
+            raise ValueError(
+                f"{origin} belong to other weights than this {type(network).__name__} has: learn them with {LEARN}"
+            )
+
+
+class TTN(AdaptationMethod):
+    """Statistics of the source and of the image, blended with a weight for each channel that was learnt (TTN).
+
+    With the weight ``a`` of a channel, its mean is ``a * image + (1 - a) * source``, and its variance is that of the
+    mixture of both: ``a * image + (1 - a) * source + a * (1 - a) * (image's mean - source's mean)^2``. Keeps nothing
+    between images. Cost: 1 F.
+
+    Source: Lim et al., TTN: a domain-shift aware batch normalization in test-time adaptation, ICLR 2023. The paper's
+    statistics are those of a batch; here, and while the weights are learnt, they are those of one image.
+
+    Args:
+        network: the source network, with batch norm that stores its statistics.
+        weights: result of :func:`learn_interpolation_weights`, or its file.
+        aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
+
+    Raises:
+        ValueError: at construction, for a network without usable norm layers, or weights without one of them; at the
+            first image, for weights that were learnt with another network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+        >>> weights = InterpolationWeights({"1": torch.full((4,), 0.1)}, images=20, fingerprint=fingerprint(network))
+        >>> TTN(network, weights)(torch.rand(1, 3, 16, 16)).shape
+        torch.Size([1, 2, 16, 16])
+    """
+
+    takes_windows = True
+    norms: _InterpolatedNorms
+    _is_checked: bool
+
+    def __init__(
+        self,
+        network: nn.Module,
+        weights: InterpolationWeights | str | os.PathLike[str],
+        aligned_layers: str | None = None,
+        output: Output | None = None,
+    ) -> None:
+        if weights is None:
+            raise ValueError(
+                f"TTN needs interpolation weights, in the bundle interpolation_path: learn them with {LEARN}"
+            )
+        self.aligned_layers = aligned_layers
+        self.weights = weights if isinstance(weights, InterpolationWeights) else InterpolationWeights.load(weights)
+        super().__init__(network, output)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings, with the mean weight of the image's statistics: a run resumes with the same alone."""
+        weights = torch.cat(list(self.norms.weights.values()))
+        return {"image_weight": weights.double().mean().item(), **super().settings()}
+
+    def _adapt_and_predict(self, image: Tensor) -> Prediction:
+        if not self._is_checked:  # not for each image, since it reads all of the network's weights
+            self.weights.check(self.network)
+            self._is_checked = True
+        self.norms.start(image)
+        with torch.no_grad():
+            logits = self.norms.predict(image, "calibrated")
+        return Prediction(logits, {"forwards": self.norms.forwards, "backwards": 0})
+
+    def _bound(self) -> None:
+        found = find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
+        for name, layer in found.items():
+            channels, weights = len(stored_statistics(layer)[0]), self.weights.layers.get(name, torch.empty(0))
+            if len(weights) != channels:
+                raise ValueError(
+                    f"the interpolation weights have {len(weights)} numbers for {name}, which has {channels} channels: "
+                    f"learn them with {LEARN}"
+                )
+        self._is_checked = False
+        layers = {name: self.weights.layers[name] for name in found}
+        self.norms = _InterpolatedNorms(layers, self.network, self.aligned_layers, route=self.route)
+
+
+class _InterpolatedNorms(AlignedNorms):
+    """Norm layers whose ``calibrated`` is TTN's blend, differentiable with respect to its weights.
+
+    Args:
+        weights: of the image's statistics, (C,) for each layer.
+    """
+
+    def __init__(self, weights: dict[str, Tensor], *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.weights = weights
+
+    def align(self, name: str, features: Tensor) -> Tensor:
+        """Normalise a layer's features (B, C, \\*spatial)."""
+        if self.normalization != "calibrated":
+            return super().align(name, features)
+        layer: Any = self.layers[name]
+        mean, std = instance_statistics(features)
+        source_mean, source_std = self.stored(name)
+        own, share = self.weights[name].to(features.device), mean - source_mean
+        variance = torch.lerp(source_std.square().expand_as(std), std.square(), own.expand_as(std))
+        scale = torch.rsqrt(variance + own * (1 - own) * share.square() + layer.eps)
+        scale = scale if layer.weight is None else scale * layer.weight
+        shift = -(source_mean + own * share) * scale
+        shift = shift if layer.bias is None else shift + layer.bias
+        space = [1] * (features.ndim - 2)
+        return features * scale.view(*scale.shape, *space) + shift.view(*shift.shape, *space)
+
+
+def learn_interpolation_weights(
+    network: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    augment: Callable[[Tensor], Any],
+    *,
+    head: Head = "sigmoid",
+    epochs: int = 5,
+    lr: float = 1e-3,
+    prior_strength: float = 1.0,
+    output: Output | None = None,
+) -> InterpolationWeights:
+    """Learn TTN's weights from labelled source images; the network stays as it is.
+
+    First the prior: for each image and channel, the gradients of the loss with respect to the norm layer's scale and
+    shift, for the image as it is and augmented. One minus their cosine similarity, averaged over the images, is small
+    where a change of look changes nothing, and 0 for a channel without gradients. These distances are scaled to [0, 1]
+    over all channels of all layers, and squared. Then the weights start at the prior and are tuned by Adam on augmented
+    images: cross-entropy, plus the squared distance from the prior, averaged within each layer and added up over the
+    layers. They stay in [0, 1].
+
+    Source: see :class:`TTN`. Ours: the statistics are those of one image, the augmentation is the caller's, and the
+    distances are compared over all layers together.
+
+    Args:
+        network: the source network, with batch norm that stores its statistics and has scale and shift.
+        batches: dicts with ``image`` (B, C, \\*spatial) and ``label``: a channel in [0, 1] for each structure. They are
+            run through ``epochs + 1`` times.
+        augment: changes the look of one image (C, \\*spatial) at random, and not its geometry.
+        head: ``sigmoid`` or ``softmax``; for softmax the label's background is added.
+        epochs: of the tuning; 0 returns the prior.
+        lr: learning rate, above 0.
+        prior_strength: factor of the distance from the prior, at least 0.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
+
+    Raises:
+        ValueError: for a setting out of range, no images, or a network without usable norm layers.
+    """
+    check_head(head)
+    if not is_whole(epochs) or epochs < 0:
+        raise ValueError(f"epochs must be a whole number from 0, got {epochs}")
+    for setting, value, least in (("lr", lr, 1e-12), ("prior_strength", prior_strength, 0)):
+        if not least <= value < float("inf"):
+            raise ValueError(f"{setting} must be {'above' if least else 'at least'} 0, got {value}")
+    layers = find_norm_layers(network, None, NEEDS_BATCH_NORM)
+    if bare := [name for name, layer in layers.items() if getattr(layer, "weight", None) is None]:
+        raise ValueError(f"batch norm without scale and shift ({', '.join(bare)}) has no gradients to compare")
+    device = next(chain(network.parameters(), network.buffers())).device
+    with _frozen(network):
+        prior, images = _prior(network, layers, batches, augment, head, ForwardRoute(output=output), device)
+        weights = {name: each.to(device, copy=True).requires_grad_() for name, each in prior.items()}
+        norms = _InterpolatedNorms(weights, network, route=ForwardRoute(output=output))
+        adam = torch.optim.Adam(list(weights.values()), lr=lr)
+        for epoch in range(epochs):
+            losses = []
+            for batch in batches:
+                image, label = _pair(batch, device)
+                shown = torch.stack([_plain(augment(one)) for one in image])
+                with torch.enable_grad():
+                    fit = _loss(norms.predict(shown, "calibrated"), label, head)
+                    distance = torch.stack(
+                        [(weights[name] - prior[name].to(device)).square().mean() for name in prior]
+                    ).sum()
+                    loss = fit + prior_strength * distance
+                    gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+                for weight, gradient in zip(weights.values(), gradients, strict=True):
+                    weight.grad = gradient
+                adam.step()
+                with torch.no_grad():
+                    for weight in weights.values():
+                        weight.clamp_(0, 1)
+                losses.append(fit.item())
+            logger.info("epoch %d of %d: cross-entropy %.4f", epoch + 1, epochs, sum(losses) / len(losses))
+    return InterpolationWeights(
+        {name: weight.detach().cpu() for name, weight in weights.items()}, images, fingerprint(network)
+    )
+
+
+@contextmanager
+def _frozen(network: nn.Module) -> Iterator[None]:
+    """Evaluate a network without gradients of its weights, and restore its modes and flags."""
+    modes = {module: module.training for module in network.modules()}
+    flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
+    try:
+        network.eval().requires_grad_(False)
+        with torch.inference_mode(False), torch.autocast(next(iter(flags)).device.type, enabled=False):
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+
+
+def _prior(
+    network: nn.Module,
+    layers: dict[str, nn.Module],
+    batches: Iterable[Mapping[str, Tensor]],
+    augment: Callable[[Tensor], Any],
+    head: Head,
+    route: ForwardRoute,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], int]:
+    """Return the prior of each layer's weights, (C,), and the number of images."""
+    affine = [cast(Tensor, parameter) for layer in layers.values() for parameter in (layer.weight, layer.bias)]
+    channels = [len(scale) for scale in affine[0::2]]
+    total, images = torch.zeros(sum(channels), dtype=torch.float64), 0
+    for parameter in affine:
+        parameter.requires_grad_(True)
+    for batch in batches:
+        for image, label in zip(*_pair(batch, device), strict=True):
+            gradients = []
+            for shown in (image, _plain(augment(image))):
+                with torch.enable_grad():
+                    loss = _loss(route.run(network, shown[None]), label[None], head)
+                found = torch.autograd.grad(loss, affine, allow_unused=True)
+                own = [torch.zeros_like(p) if g is None else g for g, p in zip(found, affine, strict=True)]
+                gradients.append(torch.stack([torch.cat(own[0::2]), torch.cat(own[1::2])]).cpu().double())
+            lengths = torch.stack(gradients).norm(dim=1)
+            product = (gradients[0] * gradients[1]).sum(dim=0) / lengths.prod(dim=0).clamp(min=TINY)
+            total += torch.where((lengths > 0).any(dim=0), 1 - product, 0)  # a silent channel reacts to nothing
+            images += 1
+    for parameter in affine:
+        parameter.requires_grad_(False)
+    if not images:
+        raise ValueError("there are no source images to learn from")
+    distance = total / images
+    scaled = (distance - distance.min()) / (distance.max() - distance.min()).clamp(min=1e-6)
+    return dict(zip(layers, scaled.square().float().split(channels), strict=True)), images
+
+
+def _pair(batch: Mapping[str, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    return _plain(batch["image"]).to(device), _plain(batch["label"]).to(device)
+
+
+def _plain(values: Any) -> Tensor:
+    return convert_to_tensor(values, dtype=torch.float32, track_meta=False)
+
+
+def _loss(logits: Tensor, label: Tensor, head: Head) -> Tensor:
+    """Return the mean cross-entropy of logits with labels (B, structures, \\*spatial)."""
+    if head == "softmax" and label.shape[1] == logits.shape[1] - 1:
+        label = torch.cat([1 - label.sum(dim=1, keepdim=True).clamp(max=1), label], dim=1)
+    return cross_entropy(logits, label, head).mean()
