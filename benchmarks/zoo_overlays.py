@@ -3,6 +3,7 @@
 
     python benchmarks/zoo_overlays.py                   # all, in half an hour on a busy core
     python benchmarks/zoo_overlays.py --only SwinUNETR  # those whose name has this in it
+    python benchmarks/zoo_overlays.py --only UNesT --unest renalStructures_UNEST_segmentation  # the zoo's bundle
 
 The configs are made here, with the zoo's networks (small ones, random weights), its ways to cut images, and two random
 images of different size each. Every bundle runs first without the overlay; networks without batch norm are then
@@ -17,7 +18,6 @@ import argparse
 import logging
 import sys
 import tempfile
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ from monai.networks.nets.dints import DiNTS, TopologyInstance
 from monai.utils import set_determinism
 from torch import Tensor, nn
 
-import mgipt_monai
 from mgipt_monai import RecordFile
+from mgipt_monai.utils.files import first_cause, is_own
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ADAPT, MEASURE = (CONFIGS / f"existing_{name}.yaml" for name in ("bundle", "source_statistics"))
@@ -73,6 +73,12 @@ HOVERNET = {
 }
 
 
+LIGHT = {"adaptation_windows": 1, "adaptation#instance_sizes": [1], "adaptation#global_sizes": [3]}
+"""Settings for networks that cannot be made small: a forward takes seconds, a backward gigabytes."""
+UNEST = {"_target_": "scripts.networks.unest.UNesT", "in_channels": 1, "out_channels": CLASSES}
+"""The network of two of the zoo's bundles, in their own scripts, with windows of 96 x 96 x 96."""
+
+
 class Bundle(NamedTuple):
     """One bundle: its network for a number of axes, and what else of the zoo is like it."""
 
@@ -102,7 +108,7 @@ def networks(dims: int, channels: int = 1) -> dict[str, dict[str, Any]]:
         "DiNTS": {"_target_": "zoo_overlays.dints", **both},
         "FlexibleUNet": {"_target_": "FlexibleUNet", **both, **flexible},
         "BasicUNet": {"_target_": "BasicUNet", **both, **features},
-        # in place of UNesT, which is no part of MONAI: layer norm in a transformer, instance norm in its decoder
+        # like UNesT, which is no part of MONAI: layer norm in a transformer, instance norm in its decoder
         "UNETR": {"_target_": "UNETR", **both, **vision},
     }
 
@@ -132,7 +138,7 @@ def bundles() -> dict[str, Bundle]:
         "each slice an image": Bundle(networks(2)[batch], slices, settings={"adaptation_slices": "own"}),
         "windows that leave the GPU": Bundle(networks(3)[batch], windows._replace(inferer=adapt)),
         "HoVerNet": nuclei,
-        "HoVerNet, its output named": nuclei._replace(settings={"adaptation#output": "nucleus_prediction"}),
+        "HoVerNet, its output named": nuclei._replace(settings={"adaptation#output": "nucleus_prediction", **LIGHT}),
         "windows with coordinates": placed,
         "an inferer of its own": Bundle(networks(2)[batch], image._replace(inferer={"_target_": OWN})),
     }
@@ -272,7 +278,7 @@ def outcome(bundle: Bundle, root: Path) -> tuple[str, str]:
         parser = run(config, [ADAPT], **few)
     except Exception as error:
         cause = first_cause(error)
-        return ("refused" if is_refusal(cause) else "DEFECT"), str(cause)
+        return ("refused" if is_own(cause) else "DEFECT"), str(cause)
     return verdict(parser, root, sides, weights, bundle.writes)
 
 
@@ -292,34 +298,29 @@ def verdict(
     return "green", ", ".join(f"{row['forwards']} F" for row in rows)
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """Return what MONAI's config parser and ignite have wrapped."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def unest(bundle: str) -> Bundle:
+    """Return the bundle of UNesT, whose code is in the zoo's bundle of this folder."""
+    sys.path.insert(0, bundle)
+    windows = {**SLIDING, "sw_batch_size": 1, "roi_size": [96, 96, 96]}
+    return Bundle(UNEST, Cut(3, [(96, 96, 96), (90, 96, 80)], windows), settings=LIGHT)
 
 
-def is_refusal(error: BaseException) -> bool:
-    """Whether the package itself raised the error, in place of something that broke inside."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return Path(last.filename).is_relative_to(Path(mgipt_monai.__file__).parent)
-
-
-def table(names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+def table(found: Mapping[str, Bundle]) -> Iterator[tuple[str, str, str]]:
     """Yield name, outcome and detail of each bundle."""
-    for name, bundle in bundles().items():
-        if name in names:
-            with tempfile.TemporaryDirectory() as folder:
-                yield name, *outcome(bundle, Path(folder).resolve())
+    for name, bundle in found.items():
+        with tempfile.TemporaryDirectory() as folder:
+            yield name, *outcome(bundle, Path(folder).resolve())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 if there is a defect."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="part of the names of the bundles to run")
+    parser.add_argument("--unest", help="folder of a bundle of the zoo that has UNesT in its scripts, to run it too")
     words = parser.parse_args(arguments)
+    known = bundles() | ({"UNesT": unest(words.unest)} if words.unest else {})
     found = []
-    for name, result, detail in table([name for name in bundles() if words.only in name]):
+    for name, result, detail in table({name: bundle for name, bundle in known.items() if words.only in name}):
         print(f"| {name} | {result} | {detail.splitlines()[0]} |", flush=True)
         found.append(result)
     print(", ".join(f"{found.count(each)} {each}" for each in ("green", "refused", "DEFECT")))

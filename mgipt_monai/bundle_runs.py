@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mgipt_monai.installed import installed, near
 from mgipt_monai.stream.signals import StoppedError, stopping_cleanly
-from mgipt_monai.utils.files import root_cause
+from mgipt_monai.utils.files import first_cause, is_own, root_cause
 
 __all__ = ["BundleRun", "as_path", "errors_last", "read_settings", "split_settings"]
 
@@ -258,15 +258,13 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _message(error: BaseException) -> str:
-    text = root_cause(error)
-    while error.__cause__ is not None:
-        error = error.__cause__
+    text, error = root_cause(error), first_cause(error)
     if isinstance(error, OptionalImportError):  # behind its own message it has a traceback
         return text.partition("\n\n")[0]
     if "cannot find a suitable reader" in text:  # and here are those of all readers
         return f"{text.splitlines()[0]} Copy it again, or convert it to PNG or NIfTI"
     plain = isinstance(error, (ValueError, RuntimeError, OSError, ImportError))
-    return text if plain else f"{type(error).__name__}: {str(error).strip()} (--debug shows where)"
+    return text if plain or is_own(error) else f"{type(error).__name__}: {str(error).strip()} (--debug shows where)"
 
 
 def _say(text: str) -> None:

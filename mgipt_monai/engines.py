@@ -26,12 +26,12 @@ from torch import nn
 from mgipt_monai.data.dataset import FAILURE, KIND, MACHINE, MEMORY, PLACE
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.metrics import UNADAPTED, ImageMeasures, mask_dice
-from mgipt_monai.networks.alignment.windows import network_turn
+from mgipt_monai.networks.alignment.windows import NetworkOutputError, network_turn
 from mgipt_monai.stream.records import is_number, json_types
 from mgipt_monai.stream.signals import stopping_at_once, stopping_cleanly
 from mgipt_monai.stream.summary import StreamSummary, aligned, image_means
 from mgipt_monai.stream.terminal import StreamBar, beside_bars
-from mgipt_monai.utils.files import atomic_path, file_names, root_cause, with_file_name
+from mgipt_monai.utils.files import atomic_path, file_names, first_cause, root_cause, with_file_name
 from mgipt_monai.utils.machine import MachineFailureError, machine_failure, out_of_memory
 
 __all__ = ["AdaptationEvents", "MachineFailureError", "StreamFailedError", "StreamingAdaptationEvaluator"]
@@ -61,8 +61,9 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
     the failed images. A failure of the machine (no space, no memory, an I/O error, no permission to write) ends the run
     with a :class:`MachineFailureError` and is not recorded, so that the stream can be resumed at that image. An I/O
     error of an image's own file is that image's failure, of the ``kind`` ``unreadable``; the third one in a row ends
-    the run. SIGTERM and SIGHUP end it as Ctrl-C does, with exit status 128 + the signal's number. A progress bar shows
-    the site, the mean DSC so far, the chosen prompt size and the seconds per image.
+    the run. A network whose output is no logits, or does not fit the classes, ends it at the first image. SIGTERM and
+    SIGHUP end it as Ctrl-C does, with exit status 128 + the signal's number. A progress bar shows the site, the mean
+    DSC so far, the chosen prompt size and the seconds per image.
 
     After each image ``state.record`` holds its record: ``name``, ``site``, ``round`` if the item has one, ``status``,
     ``seconds``, ``metrics`` if there is a label, and what the method did. ``state.metrics`` has the image's mean of
@@ -243,6 +244,8 @@ class StreamingAdaptationEvaluator(SupervisedEvaluator):
                 stopped.__context__ = error
             elif self.stop_on_failure:
                 raise
+            elif isinstance(cause := first_cause(error), NetworkOutputError):
+                raise cause from None
             output = None
             record |= {"status": "failed", "reason": with_file_name(root_cause(error), files), **kind}
         if stopped is not None:

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,18 @@ HIDE_PATH = {
 """Before a bundle's preprocessing: MONAI's ``Spacingd`` takes the server's ``image_path``, a string, for metadata."""
 SHOW_PATH = {**_MOVED, "keys": "path_of_image", "names": "image_path"}
 """Undoes ``HIDE_PATH``: the server's writer needs the path."""
+MAPS = ("segmentation", "labels")
+"""Formats of an output, as the zoo's metadata have them, that are a map of classes."""
+KINDS = {
+    **dict.fromkeys(("classes", "classification", "labels"), "classifies images"),
+    "points": "finds points",
+    **dict.fromkeys(("dict", "object", "boxes"), "detects objects"),
+}
+"""What a network does whose output has another format; any other makes images."""
+PROMPTS = ("instance_prompt", "global_prompts")
+"""Keys of the parts of a method that change the image."""
+NO_IMAGE = re.compile(r"click|guidance|signal|scribble|prompt|point|mask", re.IGNORECASE)
+"""Names of input channels that are no image."""
 OWN_FILE = re.compile(r"@bundle_root\s*\+\s*(['\"])/?(?P<path>[^'\"]+)\1")
 """How a config names a file of its bundle."""
 
@@ -86,9 +98,10 @@ def write_label_bundle(
     Raises:
         FileExistsError: if there is a bundle in ``folder`` that was not written here.
         FileNotFoundError: if a config, the weights, the statistics or the site's setting are absent.
-        ValueError: if the weights do not fit the network, the method does not fit the network or its inferer, the site
-            was commissioned with other weights, the bundle's config has keys of the same names as the method's, or
-            there are other ``.pt`` files in ``folder/models``.
+        ValueError: if the bundle is no segmentation, or takes clicks and the prompts' ``channels`` are not set; if
+            the weights do not fit the network, the method does not fit the network or its inferer, the site was
+            commissioned with other weights, the bundle's config has keys of the same names as the method's, or there
+            are other ``.pt`` files in ``folder/models``.
     """
     bundle, folder = Path(bundle), Path(folder)
     _check_target(bundle, folder)
@@ -101,6 +114,7 @@ def write_label_bundle(
         )
     else:
         config = _adapted(bundle, overlays, next(iter(metadata["network_data_format"]["outputs"])))
+        _check_kind(bundle.name, metadata["network_data_format"], config)
     if head is not None:
         config["head"] = head
     if statistics is not None:
@@ -160,6 +174,38 @@ def _metadata(bundle: Path) -> dict[str, Any]:
     if not data.get("inputs") or not data.get("outputs"):
         raise ValueError(f"{path} has no network_data_format with inputs and outputs, which MONAI Label reads")
     return dict(metadata)
+
+
+def _check_kind(name: str, data: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raise ValueError for a bundle that is no segmentation, or whose input has channels that must not be prompted."""
+    inputs, outputs = data["inputs"], data["outputs"]
+    image, output = next(iter(inputs.values())), next(iter(outputs.values()))
+    told = output.get("format", MAPS[0])
+    # one number for each class
+    flat = 1 in output.get("spatial_shape", ()) and 1 not in image.get("spatial_shape", ())
+    if told not in MAPS or (flat and told != MAPS[0]):
+        does = next((KINDS[each] for each in (told, output.get("type")) if each in KINDS), "makes images")
+        raise ValueError(
+            f"{name} {does} (format {told} in metadata.json): only segmentation can be adapted. If its output is a map "
+            f"of logits, write format {MAPS[0]} there, in a copy"
+        )
+    if len(inputs) > 1:
+        raise ValueError(f"{name} takes {', '.join(inputs)}: adaptation passes only an image to the network")
+    if len(outputs) > 1 and "output" not in config["method"]:
+        raise ValueError(
+            f"{name} returns {', '.join(outputs)}: adaptation gives one map of logits. Name it in an overlay with "
+            f"method#output: {next(iter(outputs))}, whose postprocessing needs no other"
+        )
+    names = {str(channel): str(name) for channel, name in (image.get("channel_def") or {}).items()}
+    guided = [name for name in names.values() if NO_IMAGE.search(name)]
+    guided += sorted({*re.findall(r"Add\w*(?:Guidance|Click)\w*", json.dumps(config, default=str))})
+    if guided and any(config[prompt] and "channels" not in config[prompt] for prompt in PROMPTS):
+        images = [int(channel) for channel, name in names.items() if not NO_IMAGE.search(name)]
+        raise ValueError(
+            f"{name} takes clicks or guidance beside the image ({', '.join(guided)}), which must not be prompted: "
+            "name the image's channels in an overlay with "
+            + " and ".join(f"{prompt}#channels: {images or [0]}" for prompt in PROMPTS)
+        )
 
 
 def _adapted(bundle: Path, overlays: Sequence[str | os.PathLike], prediction: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from monai.engines import SupervisedEvaluator
 from monai.handlers import MeanDice, from_engine
 from monai.metrics import DiceMetric
 from monai.transforms import Activationsd, AsDiscreted, Compose
+from torch import nn
 
 from mgipt_monai import (
     MGIPT,
@@ -23,6 +25,7 @@ from mgipt_monai import (
     StreamingAdaptationEvaluator,
     TestTimeAdaptationHandler,
 )
+from mgipt_monai.data import CheckLogitsd
 from mgipt_monai.data.dataset import FAILURE
 from mgipt_monai.methods.base import Prediction
 from tests.conftest import same_state, stream, tiny_network, without_times
@@ -104,6 +107,43 @@ def test_metrics_are_those_of_the_written_prediction() -> None:
     disc = 2 * (pred[0] * label[0]).sum() / (pred[0].sum() + label[0].sum())
     assert evaluator.state.record["metrics"]["dsc"]["disc"] == pytest.approx(disc.item())
     assert evaluator.state.record["instance_size"] == mgipt.last[0]["instance_size"]
+
+
+class TwoOutputs(nn.Module):
+    """A network that returns its logits in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_network()
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": x, "logits": self.inner(x)}
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (None, "TwoOutputs returns a dict with the keys 'features', 'logits' instead of logits: name the logits, "),
+        ("mask", "output='mask' is not among the network's outputs, which are a dict with the keys 'features', "),
+        ("features", "the network returns 3 channels, class_names and head need 2 "),
+    ],
+)
+def test_network_whose_output_fits_no_image_ends_the_run_in_its_own_words(
+    output: str | None, said: str, tmp_path: Path
+) -> None:
+    mgipt = MGIPT(TwoOutputs(), output=output, steps=1)
+    evaluator = StreamingAdaptationEvaluator(
+        "cpu",
+        DataLoader(Dataset(items(2)), batch_size=1),
+        mgipt.network,
+        AdaptiveInferer(mgipt),
+        postprocessing=Compose([CheckLogitsd("pred", channels=2)]),
+        val_handlers=[TestTimeAdaptationHandler(mgipt, record_path=tmp_path / "records.jsonl")],
+    )
+    with pytest.raises(TypeError, match="^" + re.escape(said)):
+        evaluator.run()
+    assert mgipt.images_seen == 0
+    assert not (tmp_path / "records.jsonl").exists() or not RecordFile(tmp_path / "records.jsonl").read()
 
 
 def test_bad_image_is_recorded_leaves_the_state_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_bad_volume_is_named_in_the_log_and_leaves_no_trace(tmp_path: Path, capl
     engine = SupervisedEvaluator("cpu", volume_loader(images), network, inferer=SLIDING, val_handlers=[handler])
     with caplog.at_level(logging.ERROR), pytest.raises(ValueError, match="20x5x5 is smaller than a prompt of side 7"):
         engine.run()
-    assert "the stream stopped after 1 images, at in/volume_1.nii.gz: an image of 20x5x5" in caplog.text
+    assert caplog.messages[-1] == "the stream stopped after 1 images, at in/volume_1.nii.gz"  # the error says why
     assert same_state(load_state(tmp_path / "state.pt")["adaptation"], alone.adaptation_state())
 
 
@@ -123,7 +123,7 @@ def test_file_that_a_failing_loader_could_not_read_is_not_mixed_up_with_the_one_
     )
     with caplog.at_level(logging.ERROR), pytest.raises(OSError, match=r"bad\.png"):
         engine.run()
-    assert "the stream stopped after 1 images: bad.png is broken" in caplog.text
+    assert caplog.messages[-1] == "the stream stopped after 1 images"
 
 
 def test_method_stands_where_the_network_stood_in_an_evaluator_of_ignite(tmp_path: Path, network: nn.Module) -> None:

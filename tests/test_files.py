@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mgipt_monai import (
+    MGIPT,
     RecordFile,
     StreamSummary,
     load_encoder_weights,
@@ -18,7 +19,7 @@ from mgipt_monai import (
     save_state,
 )
 from mgipt_monai.stream.terminal import in_words
-from mgipt_monai.utils.files import atomic_path
+from mgipt_monai.utils.files import atomic_path, root_cause
 from tests.conftest import identical, snapshot, tiny_network
 
 
@@ -183,3 +184,23 @@ def test_encoder_weights_of_before_batches_were_counted_load_and_others_are_name
         load_encoder_weights(encoder, tmp_path / "e.pt")
     with pytest.raises(FileNotFoundError, match=r"no file at .*none\.pt: set encoder_path"):
         load_encoder_weights(encoder, tmp_path / "none.pt")
+
+
+def test_message_of_this_package_reaches_the_user_as_it_is(tmp_path: Path) -> None:
+    """Neither what was behind it takes its place, nor is it taken for one of Python's own."""
+    (tmp_path / "state.pt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="is not a readable") as damaged:
+        load_state(tmp_path / "state.pt")
+    assert damaged.value.__cause__ is not None
+    with pytest.raises(TypeError, match="output must be") as unfit:
+        MGIPT(tiny_network(), output=[1])
+    for caught in (damaged, unfit):
+        wrapped = RuntimeError("applying transform")
+        wrapped.__cause__ = caught.value
+        assert root_cause(wrapped) == str(caught.value)
+
+
+def test_message_of_python_itself_becomes_a_sentence() -> None:
+    with pytest.raises(TypeError) as caught:
+        load_state(3)  # type: ignore[arg-type]
+    assert "not of a kind that can be processed (TypeError: " in root_cause(caught.value)

@@ -11,7 +11,7 @@ from .order import order_stream, share_stream
 from .outputs import check_outputs
 from .photographs import PhotographReader
 from .streams import find_stream
-from .transforms import AdaptationResultd, CheckFiled, CheckImaged, LabelToChannelsd
+from .transforms import AdaptationResultd, CheckFiled, CheckImaged, CheckLogitsd, LabelToChannelsd, ToAxesOfd
 
 __all__ = [
     "CAMERAS",
@@ -21,6 +21,7 @@ __all__ = [
     "Camera",
     "CheckFiled",
     "CheckImaged",
+    "CheckLogitsd",
     "DicomReader",
     "EstimateQualityd",
     "LabelMapd",
@@ -30,6 +31,7 @@ __all__ = [
     "SaveUncertaintyd",
     "SiteCamerad",
     "StreamDataset",
+    "ToAxesOfd",
     "check_declared_size",
     "check_outputs",
     "find_stream",

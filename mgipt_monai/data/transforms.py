@@ -8,14 +8,21 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import ensure_tuple
+from monai.utils import CommonKeys, ensure_tuple
 from torch import Tensor
 
 from mgipt_monai.data.dataset import MAX_VALUES, check_file
+from mgipt_monai.data.dicom import DICOM_VOLUME
 from mgipt_monai.methods.base import check_image
+from mgipt_monai.networks.alignment.windows import NetworkOutputError
 
-__all__ = ["AdaptationResultd", "CheckFiled", "CheckImaged", "LabelToChannelsd"]
+__all__ = ["AdaptationResultd", "CheckFiled", "CheckImaged", "CheckLogitsd", "LabelToChannelsd", "ToAxesOfd"]
+
+FIT = "resample it to a mask that predict writes for this series, or give it that mask's affine if only that is wrong"
+SAME_VOXEL = 0.1
+"""Distance, in voxels, between the places that two headers give to the same voxel."""
 
 
 class CheckFiled(MapTransform):
@@ -94,6 +101,124 @@ def _check_affine(affine: Tensor | None) -> None:
             "the header has no valid affine (a side of its voxels is zero or no number): repair sform, qform and "
             "pixdim, or convert the file again"
         )
+
+
+class CheckLogitsd(MapTransform):
+    """Check that a network's logits fit the classes and its input, before masks are made of them. Nothing is changed.
+
+    Args:
+        keys: logits (K, \\*spatial).
+        channels: number of channels that the masks need.
+        image: key of the network's input (C, \\*spatial).
+
+    Raises:
+        NetworkOutputError: when called, for another number of channels, or other sides than the image's.
+
+    Example:
+        >>> data = {"image": torch.rand(3, 8, 8), "pred": torch.rand(2, 8, 8)}
+        >>> CheckLogitsd("pred", channels=2)(data)["pred"].shape
+        torch.Size([2, 8, 8])
+    """
+
+    def __init__(self, keys: KeysCollection, channels: int, image: str = CommonKeys.IMAGE) -> None:
+        super().__init__(keys)
+        self.channels, self.image = channels, image
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Check the logits of each key."""
+        for key in self.keys:
+            channels, *sides = data[key].shape
+            if channels != self.channels:
+                raise NetworkOutputError(
+                    f"the network returns {channels} channels, class_names and head need {self.channels} (one per "
+                    "class, with softmax also the background): set both to what the network was trained for, and "
+                    "method#output if it has several outputs"
+                )
+            if sides != (size := list(data[self.image].shape[1:])):
+                raise NetworkOutputError(
+                    f"the network returns {'x'.join(map(str, sides))} of an image of {'x'.join(map(str, size))}, so "
+                    "that no mask could be put in its place: take a network that pads its convolutions, or wrap it "
+                    "in one that resizes or pads its logits to the size of its input"
+                )
+        return dict(data)
+
+
+class ToAxesOfd(MapTransform):
+    """Turn reference masks of volumes to the axes of their image, by both affines.
+
+    A mask that has the voxels of the image, with axes swapped or flipped (dcm2niix flips those of DICOM), is turned
+    exactly, without interpolation. Any other is left as it is beside a NIfTI image, whose header may be wrong, and
+    refused beside a DICOM series, whose axes nobody chose.
+
+    Args:
+        keys: masks (1, \\*spatial) as loaded.
+        image: key of the image, which may have been resized; the place of its voxels in the file is in its metadata.
+
+    Raises:
+        ValueError: when called, if the mask of a DICOM series has other sides, or lies elsewhere.
+
+    Example:
+        >>> from monai.data import MetaTensor
+        >>> flipped = torch.tensor([[-1.0, 0, 0, 2], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        >>> meta = {"original_affine": torch.eye(4), "spatial_shape": (3, 1, 1)}
+        >>> image = MetaTensor(torch.rand(1, 3, 1, 1), meta=meta)
+        >>> mask = MetaTensor([[[[2.0]], [[1.0]], [[0.0]]]], affine=flipped)
+        >>> ToAxesOfd("label", "image")({"image": image, "label": mask})["label"].flatten().tolist()
+        [0.0, 1.0, 2.0]
+    """
+
+    def __init__(self, keys: KeysCollection, image: str = CommonKeys.IMAGE) -> None:
+        super().__init__(keys)
+        self.image = image
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Turn the mask of each key."""
+        result = dict(data)
+        meta = getattr(data[self.image], "meta", {})
+        sides, affine = meta.get("spatial_shape"), meta.get("original_affine")
+        if sides is None or affine is None or len(sides) != 3:
+            return result  # a picture
+        for key in self.keys:
+            result[key] = self._turned(
+                data[key], [int(side) for side in sides], torch.as_tensor(affine).double(), bool(meta.get(DICOM_VOLUME))
+            )
+        return result
+
+    @staticmethod
+    def _turned(mask: Tensor, sides: list[int], affine: Tensor, must_fit: bool) -> Tensor:
+        found = list(mask.shape[1:])
+        own = getattr(mask, "affine", None)
+        if own is not None and len(found) == len(sides) and (order := _axes(own.double(), affine, found, sides)):
+            axes, flips = order
+            turned = mask.permute(0, *(axis + 1 for axis in axes)).flip([axis + 1 for axis in flips])
+            if isinstance(turned, MetaTensor):
+                turned.affine = affine
+            return turned
+        if not must_fit:
+            return mask
+        if sorted(found) != sorted(sides):
+            voxels = ["x".join(map(str, each)) for each in (found, sides)]
+            raise ValueError(f"the mask has {voxels[0]} voxels, its DICOM series {voxels[1]}: {FIT}")
+        raise ValueError(f"the affine of the mask puts it elsewhere than its DICOM series: {FIT}")
+
+
+def _axes(own: Tensor, affine: Tensor, found: list[int], sides: list[int]) -> tuple[list[int], list[int]] | None:
+    """Return which axis of a mask lies along each axis of an image, and those to flip then; None if voxels differ."""
+    if not (torch.isfinite(affine).all() and torch.linalg.det(affine) != 0):
+        return None
+    to_image = torch.linalg.solve(affine, own)  # from the mask's voxels to the image's
+    turn = to_image[:3, :3].round()
+    if not torch.equal(turn.abs() @ torch.ones(3, dtype=turn.dtype), torch.ones(3, dtype=turn.dtype)):
+        return None
+    axes = turn.abs().argmax(dim=1).tolist()
+    flips = [axis for axis in range(3) if turn[axis, axes[axis]] < 0]
+    if sorted(axes) != [0, 1, 2] or [found[axis] for axis in axes] != sides:
+        return None
+    # the first and the last voxel of the turned mask must be those of the image
+    ends = torch.tensor([[0, side - 1] for side in found], dtype=own.dtype)
+    there = to_image[:3, :3] @ ends + to_image[:3, 3:]
+    expected = torch.tensor([[s - 1, 0] if i in flips else [0, s - 1] for i, s in enumerate(sides)], dtype=own.dtype)
+    return (axes, flips) if torch.allclose(there, expected, rtol=0, atol=SAME_VOXEL) else None
 
 
 class LabelToChannelsd(MapTransform):

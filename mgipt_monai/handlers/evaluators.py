@@ -18,7 +18,7 @@ from ignite.engine import Engine
 from monai.data import ImageReader
 from monai.engines import EnsembleEvaluator, SupervisedEvaluator
 from monai.inferers import Inferer
-from monai.transforms import Transform
+from monai.transforms import LoadImage, Transform
 from torch import nn
 
 from mgipt_monai.inferers import AdaptiveInferer
@@ -171,6 +171,10 @@ def _add(found: dict[str, Any], name: str, value: Any, depth: int) -> None:
         found[name] = type(value).__name__
         for key, item in vars(value).items():
             if not key.endswith(PLACES) and key not in CHANGING:
+                if key == "readers" and isinstance(value, LoadImage):
+                    # MONAI's own come first, and depend on which packages are installed
+                    count = len(LoadImage().readers)
+                    item = {"own": {type(reader).__name__: reader for reader in item[:count]}, "given": item[count:]}
                 _add(found, f"{name}.{key}", item, depth - 1)
     elif isinstance(value, Callable) and hasattr(value, "__qualname__"):  # type: ignore[arg-type]
         found[name] = f"{value.__module__}.{value.__qualname__}"

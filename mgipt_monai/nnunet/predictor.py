@@ -19,6 +19,7 @@ from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.installed import find_config, installed, near, presets
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.networks.alignment import SourceStatistics
+from mgipt_monai.networks.alignment.layers import GIVE_A_FILE
 from mgipt_monai.networks.prompts.early_stop import Head
 from mgipt_monai.nnunet.folds import FoldEnsemble
 from mgipt_monai.nnunet.sliding_window import NnunetSlices, NnunetWindows
@@ -192,8 +193,9 @@ def preset_maker(name: str, configs: Sequence[str | os.PathLike[str]] = ()) -> M
         try:
             method = parser.get_parsed_content("method")
         except RuntimeError as error:  # of MONAI, around the method's own
-            missing = " (mgipt nnunet-calibrate measures them for an nnU-Net)" if statistics is None else ""
-            raise ValueError(f"the preset {name} does not fit this network: {root_cause(error)}{missing}") from error
+            measure = "measure them with `mgipt nnunet-calibrate`, and give --statistics"
+            cause = root_cause(error).replace(GIVE_A_FILE, measure)
+            raise ValueError(f"the preset {name} does not fit this network: {cause}") from error
         assert isinstance(method, AdaptationMethod)
         return method
 

@@ -307,7 +307,8 @@ class StreamProgress:
         try:
             if error is not None:
                 at = f", at {', '.join(self._names)}" if self._names else ""
-                logger.error("the stream stopped after %d images%s: %s", self._position, at, root_cause(error))
+                # the error itself is told by whoever runs the stream
+                logger.error("the stream stopped after %d images%s", self._position, at)
             if not self.is_new:  # a new stream without an image leaves the files of an earlier one
                 self._folders.check()
                 if not self._saved:

@@ -110,7 +110,9 @@ class StreamFile:
             )
         differing = differences(content["settings"], method.settings())
         if pipeline is not None and "pipeline" in content:
-            differing += differences(content["pipeline"], pipeline)
+            differing += differences(
+                _comparable(content["pipeline"], pipeline), _comparable(pipeline, content["pipeline"])
+            )
         if differing:
             more = f"; and {len(differing) - MOST_NAMED} more" if len(differing) > MOST_NAMED else ""
             raise ValueError(
@@ -188,6 +190,16 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not a stream's state ({error}): remove it to start a new stream") from error
     return content
+
+
+OWN_READERS = ".readers.own."
+"""Part of the names of the settings of MONAI's own readers. One that comes with a package reads only what the readers
+could not read without it, so that a stream goes on when the package is installed or removed."""
+
+
+def _comparable(pipeline: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return a pipeline's settings without those of MONAI's own readers that another pipeline lacks."""
+    return {key: value for key, value in pipeline.items() if OWN_READERS not in key or key in other}
 
 
 def differences(one: Any, other: Any, name: str = "") -> list[str]:

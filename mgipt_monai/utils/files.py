@@ -10,6 +10,7 @@ import re
 import secrets
 import socket
 import time
+import traceback
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ __all__ = [
     "check_zip",
     "clear_parts",
     "file_names",
+    "first_cause",
+    "is_own",
     "load_state",
     "plain_cell",
     "plain_text",
@@ -40,6 +43,7 @@ __all__ = [
     "write_csv",
 ]
 
+PACKAGE = Path(__file__).parents[1]
 PART = re.compile(r"\.part-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<token>[0-9a-f]{8})-")
 SEAL = b"sha256:"
 SEAL_LENGTH = len(SEAL) + 64
@@ -256,10 +260,36 @@ BARE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
 """Kinds of errors whose messages name neither what is wrong nor a fix."""
 
 
-def root_cause(error: BaseException) -> str:
-    """Return the message of the first cause, without the transform names that MONAI wraps around it.
+def first_cause(error: BaseException) -> BaseException:
+    """Return the error that a user is told of: the outermost one in this package's words, or else the first cause.
 
-    A message that only says what Python could not do becomes a sentence.
+    MONAI wraps the errors of transforms and config entries in errors of its own.
+
+    Example:
+        >>> try:
+        ...     try:
+        ...         with_file_name("too dark", files=3)
+        ...     except TypeError as cause:
+        ...         raise RuntimeError("applying transform") from cause
+        ... except RuntimeError as error:
+        ...     type(first_cause(error))
+        <class 'TypeError'>
+    """
+    while not is_own(error) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether a ``raise`` of this package made the error, whose message then says what is wrong and what to do."""
+    last = traceback.extract_tb(error.__traceback__, limit=-1)
+    return bool(last) and Path(last[0].filename).is_relative_to(PACKAGE) and str(last[0].line).startswith("raise ")
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the message of :func:`first_cause`.
+
+    One of Python's own that only says what could not be done becomes a sentence.
 
     Example:
         >>> try:
@@ -271,12 +301,11 @@ def root_cause(error: BaseException) -> str:
         ...     root_cause(error)
         'too dark'
     """
-    while error.__cause__ is not None:
-        error = error.__cause__
+    error = first_cause(error)
     text = str(error).strip() or type(error).__name__
     if isinstance(error, np.linalg.LinAlgError):
         return f"the header has no valid affine ({text}): repair sform, qform and pixdim, or convert the file again"
-    if isinstance(error, BARE) and type(error).__module__ == "builtins":
+    if isinstance(error, BARE) and type(error).__module__ == "builtins" and not is_own(error):
         kind = type(error).__name__
         return f"it is not of a kind that can be processed ({kind}: {text}): look at its shape and type, or convert it"
     return text

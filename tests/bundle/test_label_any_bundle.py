@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,79 @@ def test_what_a_server_could_not_run_is_refused_before_it_starts(tmp_path: Path,
     with pytest.raises(ValueError, match=message):
         write_label_bundle(root, tmp_path / "app")
     assert not (tmp_path / "app").exists()
+
+
+def declare(root: Path, **data: Any) -> None:
+    """Change what a bundle's metadata say of the network's inputs and outputs."""
+    path = root / "configs" / "metadata.json"
+    metadata = json.loads(path.read_text())
+    metadata["network_data_format"] |= data
+    path.write_text(json.dumps(metadata))
+
+
+# as the zoo's bundles have them: classification, detection, landmarks, registration, generation, HoVerNet
+OTHER_TASKS = {
+    "classifies images (format classes": {"pred": {"type": "probabilities", "format": "classes"}},
+    "classifies images (format labels": {"pred": {"type": "image", "format": "labels", "spatial_shape": [1, 4]}},
+    "detects objects (format dict": {"pred": {"type": "object", "format": "dict"}},
+    "finds points (format points": {"pred": {"type": "tuples", "format": "points", "spatial_shape": [2, 10]}},
+    "makes images (format magnitude": {"pred": {"type": "image", "format": "magnitude"}},
+    "b returns nuclei, type: adaptation gives one map": {
+        "nuclei": {"type": "probability", "format": "segmentation"},
+        "type": {"type": "probability", "format": "classification"},
+    },
+}
+
+
+@pytest.mark.parametrize("said", OTHER_TASKS)
+def test_bundle_of_another_task_is_refused_by_its_metadata(said: str, tmp_path: Path) -> None:
+    root = make_zoo_bundle(tmp_path / "b", "spleen_like")
+    declare(root, outputs=OTHER_TASKS[said])
+    with pytest.raises(ValueError, match=re.escape(said)):
+        write_label_bundle(root, tmp_path / "app")
+    assert not (tmp_path / "app").exists()
+
+
+def test_network_that_takes_more_than_an_image_is_refused(tmp_path: Path) -> None:
+    root = make_zoo_bundle(tmp_path / "b", "spleen_like")
+    declare(root, inputs={"latent": {"type": "noise"}, "condition": {"type": "timesteps"}})
+    with pytest.raises(ValueError, match="b takes latent, condition: adaptation passes only an image"):
+        write_label_bundle(root, tmp_path / "app")
+
+
+def test_map_of_labels_is_a_segmentation(tmp_path: Path) -> None:
+    root = make_zoo_bundle(tmp_path / "b", "spleen_like")
+    declare(root, outputs={"pred": {"type": "image", "format": "labels", "spatial_shape": ["8*n"] * 3}})
+    write_label_bundle(root, tmp_path / "app")
+
+
+def test_clicks_are_refused_until_the_channels_of_the_image_are_named(tmp_path: Path, quick: Path) -> None:
+    network = ConfigParser.load_config_file(Path(__file__).parent / "zoo" / "spleen_like.yaml")["network_def"]
+    root = make_zoo_bundle(tmp_path / "b", "spleen_like", network_def={**network, "in_channels": 3})
+    config = root / "configs" / "inference.json"
+    parser = ConfigParser(ConfigParser.load_config_file(config))
+    torch.save(parser.get_parsed_content("network_def").state_dict(), root / "models" / "model.pt")
+
+    # by the names of the channels
+    named = {"type": "image", "num_channels": 3, "channel_def": {"0": "CT", "1": "+ve Signal", "2": "-ve Signal"}}
+    declare(root, inputs={"image": named})
+    with pytest.raises(ValueError, match=r"guidance .*\+ve Signal.*instance_prompt#channels: \[0\] and global"):
+        write_label_bundle(root, tmp_path / "app")
+
+    # by the transforms, where the names do not tell
+    declare(root, inputs={"image": {"type": "image", "num_channels": 3, "channel_def": {"0": "image"}}})
+    changed = json.loads(config.read_text())
+    guidance = {"_target_": "AddGuidanceSignalDeepEditd", "keys": "image", "guidance": "guidance"}
+    guided = {**changed["preprocessing"], "transforms": [*changed["preprocessing"]["transforms"], guidance]}
+    config.write_text(json.dumps({**changed, "preprocessing": guided}))
+    with pytest.raises(ValueError, match=r"AddGuidanceSignalDeepEditd.*global_prompts#channels: \[0\]"):
+        write_label_bundle(root, tmp_path / "app")
+
+    allowed = tmp_path / "allowed.yaml"
+    allowed.write_text("instance_prompt#channels: [0]\nglobal_prompts#channels: [0]\n")
+    write_label_bundle(root, tmp_path / "app", [quick, allowed])
+    config = ConfigParser.load_config_file(tmp_path / "app" / "configs" / "inference.yaml")
+    assert [config[prompt]["channels"] for prompt in ("instance_prompt", "global_prompts")] == [[0], [0]]
 
 
 def test_networks_without_batch_norm_need_statistics(tmp_path: Path) -> None:

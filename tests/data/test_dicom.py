@@ -13,12 +13,21 @@ import pydicom
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Resized
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
-from mgipt_monai.data import DicomReader, PhotographReader, SaveMaskd, StreamDataset, check_declared_size, find_stream
+from mgipt_monai.data import (
+    DicomReader,
+    PhotographReader,
+    SaveMaskd,
+    StreamDataset,
+    ToAxesOfd,
+    check_declared_size,
+    find_stream,
+)
+from mgipt_monai.utils.files import root_cause
 
 AXIAL, CORONAL = [1.0, 0, 0, 0, 1, 0], [1.0, 0, 0, 0, 0, -1]
 
@@ -149,6 +158,67 @@ def test_slices_that_make_no_volume_fail_with_the_folder_and_the_fix(tmp_path: P
     assert words in failure
     assert str(folder) in failure
     assert "Secret" not in failure
+
+
+def written_mask(path: Path, image: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
+    """Write what `predict` would for some voxels of a volume; return the values and the affine of its file."""
+    values = np.arange(image[0].numel()).reshape(image.shape[1:]) % 7 // 6
+    mask = MetaTensor(torch.as_tensor(values, dtype=torch.float32)[None]).copy_meta_from(image)
+    SaveMaskd("pred", path.parent)({"pred": mask, "name": path.name.removesuffix(".nii.gz")})
+    return values, nibabel.load(path).affine
+
+
+def beside(folder: Path, mask: Path) -> MetaTensor:
+    """The mask as the bundle loads it beside a series, whose image is resized before."""
+    steps = [
+        LoadImaged("image", reader=[DicomReader()]), EnsureChannelFirstd("image"), Resized("image", (4, 4, 4)),
+        LoadImaged("label"), EnsureChannelFirstd("label"), ToAxesOfd("label"),
+    ]  # fmt: skip
+    return Compose(steps)({"image": str(folder), "label": str(mask)})["label"]
+
+
+@pytest.mark.parametrize("axes", [AXIAL, CORONAL, [0.8, 0.6, 0, -0.6, 0.8, 0]])
+def test_reference_mask_of_a_series_is_turned_to_its_axes(tmp_path: Path, axes: list[float]) -> None:
+    folder = write_series(tmp_path / "CT", np.random.default_rng(0).integers(0, 9, (3, 6, 5)).astype(np.int16), axes)
+    image = load(folder)
+    path = tmp_path / "CT.nii.gz"
+    values, affine = written_mask(path, image)
+    assert np.array_equal(beside(folder, path)[0], values)
+    stored = nibabel.Nifti1Image(values.astype("uint8"), affine)
+    flip = np.array([[0, -1], [1, 1], [2, -1]])  # as dcm2niix, and more
+    swap = np.array([[2, 1], [0, -1], [1, 1]])
+    for order in (flip, swap):
+        turned = stored.as_reoriented(order)
+        assert not np.array_equal(turned.affine, affine)
+        nibabel.save(turned, path)
+        label = beside(folder, path)
+        assert np.array_equal(label[0], values)
+        assert np.allclose(label.affine, affine, atol=1e-4)
+
+
+def test_reference_mask_that_does_not_fit_the_series_is_an_error(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "CT", np.random.default_rng(0).integers(0, 9, (3, 6, 5)).astype(np.int16))
+    path = tmp_path / "CT.nii.gz"
+    values, affine = written_mask(path, load(folder))
+    nibabel.save(nibabel.Nifti1Image(values[:-1].astype("uint8"), affine), path)
+    with pytest.raises(RuntimeError) as caught:
+        beside(folder, path)
+    assert root_cause(caught.value).startswith("the mask has 4x6x3 voxels, its DICOM series 5x6x3: ")
+    affine[0, 3] += 10
+    nibabel.save(nibabel.Nifti1Image(values.astype("uint8"), affine), path)
+    with pytest.raises(RuntimeError) as caught:
+        beside(folder, path)
+    assert root_cause(caught.value).startswith("the affine of the mask puts it elsewhere than its DICOM series: ")
+
+
+def test_mask_beside_nifti_with_another_header_is_taken_voxel_by_voxel(tmp_path: Path) -> None:
+    data = {
+        "image": MetaTensor(torch.rand(1, 3, 4, 5), meta={"spatial_shape": (3, 4, 5)}),
+        "label": torch.ones(1, 3, 4, 5),
+    }
+    data["image"].meta["original_affine"] = torch.diag(torch.tensor([2.0, 2, 2, 1]))
+    data["label"] = MetaTensor(data["label"], affine=torch.eye(4))
+    assert ToAxesOfd("label")(data)["label"] is data["label"]
 
 
 def test_sizes_are_checked_before_pixels_are_read(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from monai.transforms import Compose, Lambdad
 from PIL import Image
 
-from mgipt_monai.data import CheckImaged, LabelToChannelsd, StreamDataset
+from mgipt_monai.data import CheckImaged, CheckLogitsd, LabelToChannelsd, StreamDataset
 
 
 def test_index_coding_of_disc_and_cup() -> None:
@@ -77,3 +77,9 @@ def test_missing_mask_and_empty_file_are_named(tmp_path: Path) -> None:
     dataset = StreamDataset(items)
     assert dataset[0]["failure"] == f"label file {tmp_path / 'm.png'} does not exist"
     assert dataset[1]["failure"].startswith(f"image file {tmp_path / 'e.png'} is empty")
+
+
+def test_logits_of_other_sides_than_the_image_are_refused_before_they_are_stretched() -> None:
+    data = {"image": torch.rand(3, 32, 32), "pred": torch.rand(2, 28, 28)}
+    with pytest.raises(TypeError, match=r"returns 28x28 of an image of 32x32.*pads its convolutions"):
+        CheckLogitsd("pred", channels=2)(data)

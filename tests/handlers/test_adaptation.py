@@ -7,13 +7,16 @@ import re
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from ignite.engine import Engine, Events
-from monai.data import DataLoader, Dataset, MetaTensor
+from monai.data import DataLoader, Dataset, MetaTensor, NumpyReader
 from monai.engines import SupervisedEvaluator
 from monai.handlers import CheckpointLoader, CheckpointSaver, StatsHandler
 from monai.inferers import PatchInferer
+from monai.transforms import Compose, LoadImaged
+from monai.transforms.io import array as readers_of
 from torch import nn
 
 from mgipt_monai import MGIPT, AdaptiveInferer, RecordFile, Source, TestTimeAdaptationHandler, load_state
@@ -292,3 +295,34 @@ def test_failure_is_heard_of_beside_a_stats_handler_which_raises_it_anew(
         engine.run()
     assert engine.inferer is inferer
     assert load_state(tmp_path / "state.pt")["position"] == mgipt.images_seen == 1
+
+
+@pytest.mark.parametrize("reader", [None, "NibabelReader"])
+def test_stream_goes_on_where_another_package_has_brought_a_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reader: str | None
+) -> None:
+    for i, image in enumerate(stream(2)):
+        np.save(tmp_path / f"{i}.npy", image[0].numpy())
+
+    def run(count: int, **given: object) -> int:
+        mgipt = MGIPT(tiny_network(), steps=1)
+        items = [{"image": str(tmp_path / f"{i}.npy")} for i in range(count)]
+        load = Compose([LoadImaged("image", **{"reader": reader, **given})])
+        engine = evaluator(mgipt.network, DataLoader(Dataset(items, load), batch_size=1))
+        TestTimeAdaptationHandler(mgipt, tmp_path / "state.pt", resume=count == 2).attach(engine)
+        engine.run()
+        return mgipt.images_seen
+
+    installed = readers_of.SUPPORTED_READERS
+    least = {name: installed[name] for name in installed if name in ("numpyreader", "pilreader", "nibabelreader")}
+    with monkeypatch.context() as patched:
+        patched.setattr(readers_of, "SUPPORTED_READERS", least)
+        run(1)
+    monkeypatch.setattr(readers_of, "SUPPORTED_READERS", {"newreader": NewReader, **least})
+    with pytest.raises(ValueError, match=r"readers\.given\.0 was .*is 'NumpyReader'"):
+        run(2, reader="NumpyReader")
+    assert run(2) == 2
+
+
+class NewReader(NumpyReader):
+    """A reader of a package that was installed meanwhile."""

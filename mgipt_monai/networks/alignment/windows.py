@@ -20,7 +20,16 @@ from monai.utils import PytorchPadMode, fall_back_tuple
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ForwardRoute", "Output", "Windows", "check_no_window", "method_turn", "network_turn", "parts"]
+__all__ = [
+    "ForwardRoute",
+    "NetworkOutputError",
+    "Output",
+    "Windows",
+    "check_no_window",
+    "method_turn",
+    "network_turn",
+    "parts",
+]
 
 Output = str | int | Callable[[Any], Tensor]
 """Which of a network's outputs are its logits: key of a dict, index in a tuple or list, or a function of the output."""
@@ -35,6 +44,10 @@ def parts(images: Tensor) -> tuple[Tensor, ...]:
     """Split images (B, C, \\*spatial) into groups that go through the network together: all if small, else one each."""
     small = math.prod(images.shape[2:]) <= SMALL.get(images.ndim - 2, 0)
     return images.split(max(len(images), 1) if small else 1)
+
+
+class NetworkOutputError(TypeError):
+    """What a network returns fits no image of the stream: the run ends, and no image is recorded as failed."""
 
 
 @dataclass
@@ -64,7 +77,8 @@ class ForwardRoute:
         """Run a network in the precision of its weights; images (B, C, \\*spatial) to float32 logits.
 
         Raises:
-            TypeError: for an output that is not a tensor; the message names the keys to choose from.
+            NetworkOutputError: for an output that is no tensor, when the message names the keys to choose from, or that
+                is no map.
         """
         with _without_compiler():
             output = network(in_precision_of(network, images))
@@ -73,10 +87,15 @@ class ForwardRoute:
                 self.latest = output
             output = self._selected(output)
         if not isinstance(output, Tensor):
-            raise TypeError(
+            raise NetworkOutputError(
                 f"{type(network).__name__} returns {_described(output)} instead of logits: name the logits, for "
-                f"instance MGIPT(network, output={_first_key(output)!r}), in a config method#output or "
-                "adaptation#output"
+                f"instance MGIPT(network, output={_likely_key(output)!r}), in a config method#output, or with "
+                "existing_bundle.yaml adaptation#output"
+            )
+        if output.ndim < 3:
+            raise NetworkOutputError(
+                f"{type(network).__name__} returns a tensor of shape {tuple(output.shape)} instead of a map of logits "
+                "(B, K, *spatial): only segmentation networks can be adapted"
             )
         return output.float()
 
@@ -86,7 +105,7 @@ class ForwardRoute:
         try:
             return output[self.output]
         except (KeyError, IndexError, TypeError) as error:
-            raise TypeError(
+            raise NetworkOutputError(
                 f"output={self.output!r} is not among the network's outputs, which are {_described(output)}"
             ) from error
 
@@ -133,8 +152,10 @@ def _described(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
-def _first_key(output: Any) -> Any:
-    return next(iter(output), "out") if isinstance(output, dict) else 0
+def _likely_key(output: Any) -> Any:
+    if not isinstance(output, dict):
+        return 0
+    return next((key for key in output if key in ("logits", "out", "pred")), next(iter(output), "out"))
 
 
 def check_no_window(method: nn.Module) -> None:
