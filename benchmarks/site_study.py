@@ -7,6 +7,8 @@ signals with the gain:
 
     python benchmarks/site_study.py configs/fundus_odoc.yaml --dataset_dir SITES --ckpt_path WEIGHTS.pt \\
       --sites rimone_r2,drishti_gs --limit 40
+
+With --rule the evidence and the correction are those of a network's own rule (`mgipt site-rule`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 
-from mgipt_monai.networks import InstancePrompt, SiteNorms, SiteStatistics
+from mgipt_monai.networks import InstancePrompt, SiteNorms, SiteRule, SiteStatistics
 from mgipt_monai.stream.summary import worst_tenth
 from mgipt_monai.utils.statistics import shares
 
@@ -31,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = [str(ROOT / "bundle" / "configs" / name) for name in ("inference.yaml", "evaluate.yaml")]
 SOURCE_WEIGHTS = (0.9, 0.8, 0.6, 0.0)
 PROMPT_SIDES = (1, 3)
-TRUSTS = ((1, 1), (2, 1), (3, 1), (2, 2), (2.5, 2), (3, 2), (3, 4))
+TRUSTS = ((1, 1), (2, 1), (3, 1), (1.75, 2), (2, 2), (2.5, 2), (3, 2), (3, 4))
 
 
 def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) -> tuple[dict[str, Tensor], float]:
@@ -102,7 +104,7 @@ def dice(logits: Tensor, label: Tensor) -> float:
     return 100 * compute_dice((logits > 0).float(), label).nan_to_num(1.0).mean().item()
 
 
-def study(configs: Sequence[str], prompts: bool, **settings: object) -> None:
+def study(configs: Sequence[str], prompts: bool, rule: str | None = None, **settings: object) -> None:
     """Process the stream and print both tables."""
     workflow = ConfigWorkflow(
         config_file=[*CONFIGS, *configs], workflow_type="infer", logging_file=False, bundle_root=str(ROOT / "bundle"),
@@ -112,6 +114,9 @@ def study(configs: Sequence[str], prompts: bool, **settings: object) -> None:
     workflow.initialize()
     get: Callable = workflow.parser.get_parsed_content
     norms, site = SiteNorms(get("network").eval().requires_grad_(False)), SiteStatistics()
+    if rule is not None:
+        site.rule = SiteRule.load(rule)
+        site.rule.check(norms.network)
     rows, told = [], []
     with torch.no_grad():
         for batch in get("dataloader"):
@@ -144,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="at most this number of images per site")
     parser.add_argument("--severity", type=float, help="of configs/shifts/cameras.yaml")
     parser.add_argument("--prompts", action="store_true", help="also with instance prompts on top of site correction")
+    parser.add_argument("--rule", help="file of `mgipt site-rule` for these weights")
     options = vars(parser.parse_args(arguments))
     configs, prompts = options.pop("configs"), options.pop("prompts")
     options["sites"] = options["sites"].split(",") if options["sites"] else None

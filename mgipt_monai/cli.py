@@ -91,6 +91,17 @@ BUNDLE_COMMANDS = {
         method=False,
         resumes="",
     ),
+    "site-rule": BundleCommand(
+        "learn from labelled source images how far --preset steady may trust what it sees with this network",
+        {
+            "dataset_dir": SITES,
+            "rule_path": ("FILE", "file to write, for the key rule_path of --preset steady"),
+        },
+        ["inference", "train", "site_rule"],
+        'mgipt site-rule sites rule.pt --sites "[clinic]" --weights network.pt',
+        method=False,
+        resumes="",
+    ),
     "interpolation-weights": BundleCommand(
         "learn from labelled source images how much of an image's statistics each channel takes (method ttn)",
         {

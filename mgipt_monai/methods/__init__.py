@@ -14,6 +14,7 @@ from .intent import InTEnt
 from .mgipt import MGIPT
 from .site_correction import SiteCorrection
 from .site_memory import SiteMemory
+from .site_rule import learn_site_rule
 from .source import Source
 from .ttn import TTN, InterpolationWeights, learn_interpolation_weights
 from .vptta import VPTTA
@@ -42,6 +43,7 @@ __all__ = [
     "Tent",
     "Verdict",
     "learn_interpolation_weights",
+    "learn_site_rule",
 ]
 
 __getattr__ = renamed_names(__name__, {"SiteCalibration": "mgipt_monai.methods.SiteCorrection"})

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, Literal, cast
 
 import torch
-from monai.inferers import SimpleInferer
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 
 from mgipt_monai.methods.base import Prediction
 from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms
-from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
+from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers, stored_statistics
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
+from mgipt_monai.networks.alignment.site_rule import SiteRule, read_rule
 from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.ensemble import disagreement, disagreement_map
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
@@ -24,6 +26,8 @@ __all__ = ["SiteCorrection"]
 
 SLAB = 2**16
 """Number of a window's voxels whose views are compared at once."""
+TRUST = 2.5
+"""Trust in the evidence where no rule was learnt for the network."""
 
 
 class SiteCorrection(Remembering):
@@ -35,6 +39,9 @@ class SiteCorrection(Remembering):
     from the source is due to the site, so a site similar to the source is predicted as without adaptation. There are no
     prompts and no gradients, and no weight changes. Cost: 3 F.
 
+    A rule learnt from the network's own labelled source images (:func:`learn_site_rule`) tells which part of the
+    distance is content, and how far the evidence may be trusted.
+
     Keeps between images four averages per channel of each norm layer, over the latest images of a few sites: means and
     deviations of the features and their squares, without spatial information.
 
@@ -43,14 +50,17 @@ class SiteCorrection(Remembering):
         site: None uses :class:`SiteStatistics` with its defaults.
         memory: keeps the statistics of several sites apart, so that images from elsewhere do not spoil them:
             ``default``, a :class:`SiteMemory` with other settings, or None to average all images alike.
-        trust: reciprocal of the evidence at which the source's weight becomes 0, above 0.
+        rule: result of :func:`learn_site_rule`, or its file; None takes the images' distances whole.
+        trust: reciprocal of the evidence at which the source's weight becomes 0, above 0; None is the rule's, or 2.5
+            without one.
         image_share: weight of the image's own statistics in the third prediction, in [0, 1].
         aligned_layers: regular expression on the names of the norm layers to correct; None corrects all.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
         output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
-        ValueError: at construction, for a setting out of range, or a network without usable norm layers.
+        ValueError: at construction, for a setting out of range, a network without usable norm layers, or a rule that
+            lacks one of them; at the first image, for a rule that was learnt with other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -62,6 +72,8 @@ class SiteCorrection(Remembering):
 
     takes_windows = True
     has_uncertainty = True
+    norms: SiteNorms
+    _is_checked: bool
 
     def __init__(
         self,
@@ -69,12 +81,16 @@ class SiteCorrection(Remembering):
         site: SiteStatistics | None = None,
         *,
         memory: SiteMemory | Literal["default"] | None = "default",
-        trust: float = 2.5,
+        rule: SiteRule | str | os.PathLike[str] | None = None,
+        trust: float | None = None,
         image_share: float = 0.2,
         aligned_layers: str | None = None,
         head: Head = "sigmoid",
         output: Output | None = None,
     ) -> None:
+        self.rule = read_rule(rule)
+        if trust is None:
+            trust = TRUST if self.rule is None else self.rule.trust
         if not 0 < trust < float("inf"):
             raise ValueError(f"trust must be above 0, got {trust}")
         if not 0 <= image_share <= 1:
@@ -83,9 +99,13 @@ class SiteCorrection(Remembering):
         self.trust, self.image_share, self.aligned_layers, self.head = trust, image_share, aligned_layers, head
         super().__init__(network, memory, output)
         self.site = SiteStatistics() if site is None else site
+        self.site.rule = self.rule
 
     @torch.no_grad()
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
+        if self.rule is not None and not self._is_checked:  # not for each image, since it reads all of the weights
+            self.rule.check(self.network)
+            self._is_checked = True
         norms, site = self.norms, self.site
         norms.start(image)
         site.begin()
@@ -161,6 +181,23 @@ class SiteCorrection(Remembering):
         with self.norms.corrected_to(self.site, image_share=self.image_share):
             return self.norms.run(images, "calibrated")
 
+    def predict_through(self, inferer: Inferer, windows: int = 2) -> None:
+        """See :meth:`AdaptationMethod.predict_through`.
+
+        Raises:
+            ValueError: for windows or slices together with a rule, which was learnt on whole images.
+        """
+        if self.rule is not None and not isinstance(inferer, SimpleInferer):
+            raise ValueError(
+                f"a rule of site correction holds for whole images, not for the windows of a {type(inferer).__name__}: "
+                "leave it out (in the bundle: rule_path)"
+            )
+        super().predict_through(inferer, windows)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings, with the rule's digest: a run resumes with the same alone."""
+        return {**super().settings(), **({} if self.rule is None else {"rule": self.rule.digest})}
+
     def source_norms(self) -> AlignedNorms:
         """Return the norm layers that are corrected."""
         return self.norms
@@ -169,7 +206,10 @@ class SiteCorrection(Remembering):
         return {"forwards": self.norms.forwards, "backwards": 0}
 
     def _bound(self) -> None:
-        find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
+        layers = find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
+        if self.rule is not None:
+            self.rule.check_layers({name: len(stored_statistics(layer)[0]) for name, layer in layers.items()})
+        self._is_checked = False
         self.norms = SiteNorms(self.network, self.aligned_layers, route=self.route)
 
     def _reset(self) -> None:

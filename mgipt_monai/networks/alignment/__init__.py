@@ -7,13 +7,16 @@ from .fused import alignment_loss, calibrate, instance_statistics
 from .layers import find_measurable_layers, find_norm_layers
 from .norms import AlignedNorms, BlendedNorms
 from .site import SiteNorms, SiteStatistics
+from .site_rule import LayerContent, SiteRule
 from .source_statistics import LayerStatistics, SourceStatistics, measure_source_statistics
 
 __all__ = [
     "AlignedNorms",
     "BlendedNorms",
+    "LayerContent",
     "LayerStatistics",
     "SiteNorms",
+    "SiteRule",
     "SiteStatistics",
     "SourceStatistics",
     "alignment_loss",

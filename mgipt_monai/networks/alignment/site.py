@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mgipt_monai.networks.alignment.fused import Blend
 from mgipt_monai.networks.alignment.layers import stored_statistics
 from mgipt_monai.networks.alignment.norms import AlignedNorms
+from mgipt_monai.networks.alignment.site_rule import SiteRule
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor, is_whole
 
@@ -20,6 +21,9 @@ __all__ = ["SiteNorms", "SiteStatistics"]
 
 FARTHEST = 3.0
 """Bound on the logarithm of a deviation's ratio to the source's, so that a silent channel is not infinitely far."""
+
+SOURCE_IMAGES = 10
+"""Number of a site's images that weigh as much as a rule's source images where their spread is concerned."""
 
 
 class SiteStatistics(nn.Module):
@@ -41,12 +45,19 @@ class SiteStatistics(nn.Module):
     The averages are plain means for the first ``horizon`` images. From then on the latest image has the weight
     ``1 / horizon``, so that they follow a stream to its next site.
 
+    With a ``rule``, the part of each image's distance that its content explains is taken off first, and the spread of
+    source images stands in for that of the site until enough of its images are seen. Without one, the first image's
+    share is 1 / (1 + caution) whatever it shows.
+
     Args:
         horizon: number of images, at least 2.
         caution: number of source images that the site's images are weighed against, at least 0.
 
     Raises:
         ValueError: for a setting out of range.
+
+    Attributes:
+        rule: what in the network's features is content, see :class:`SiteRule`; None takes all for appearance.
 
     Example:
         >>> site = SiteStatistics()
@@ -67,6 +78,7 @@ class SiteStatistics(nn.Module):
         if not 0 <= caution < float("inf"):
             raise ValueError(f"caution must be at least 0 images, got {caution}")
         self.horizon, self.caution = int(horizon), float(caution)
+        self.rule: SiteRule | None = None
         self.reset()
 
     def extra_repr(self) -> str:
@@ -96,6 +108,8 @@ class SiteStatistics(nn.Module):
             source_std: (C,), above 0.
         """
         z, r = (mean - source_mean) / source_std, (std / source_std).log().clamp(-FARTHEST, FARTHEST)
+        if self.rule is not None:
+            z, r = self.rule.layers[name].appearance(z, r)
         seen = torch.stack([z, r, z.square(), r.square()]).mean(dim=1)
         before = self._observed.get(name, 0)
         count = self._observed[name] = before + len(mean)
@@ -117,7 +131,10 @@ class SiteStatistics(nn.Module):
         seen = self._count + 1
         # an exponential average is worth that many images; a single image has no spread
         effective = min(seen, 2 * self.horizon - 1)
-        if effective > 1:
+        if self.rule is not None:  # the site's own spread counts for more with each image
+            source_spread = self.rule.layers[name].spread.to(spread).view_as(spread)
+            spread = (SOURCE_IMAGES * source_spread + effective * spread) / (SOURCE_IMAGES + effective - 1)
+        elif effective > 1:
             spread = spread * effective / (effective - 1)
         square = (shift.square() - spread / effective).mean().clamp(min=0)
         share = square / (square + spread.mean()).clamp(min=1e-12) * seen / (seen + self.caution)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rule of site correction for one network: what in its features is content, and how far evidence is trusted."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mgipt_monai.utils.files import load_state, save_state
+from mgipt_monai.utils.provenance import fingerprint
+from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor
+
+__all__ = ["LayerContent", "SiteRule", "read_rule"]
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+LEARN = "`mgipt site-rule SITES FILE --weights WEIGHTS`"
+
+
+@dataclass(frozen=True)
+class LayerContent:
+    """How a layer's statistics vary among source images with what is in them.
+
+    The statistics of an image are its distances from the layer's stored ones, ``z`` and ``r`` of
+    :class:`SiteStatistics`, one after the other: (2C,).
+
+    Attributes:
+        center: mean over the source images, (2C,).
+        directions: orthonormal directions in which the statistics change with the structures' sizes, (K, 2C).
+        limits: how far content moves an image in each direction, (K,), at least 0.
+        spread: variance of the source images' statistics without content, (2C,), at least 0.
+    """
+
+    center: Tensor
+    directions: Tensor
+    limits: Tensor
+    spread: Tensor
+
+    @classmethod
+    def measure(cls, statistics: Tensor, sizes: Tensor) -> LayerContent:
+        """Measure it in source images.
+
+        The directions are those of a linear regression of the statistics on the sizes, and their limits twice the
+        deviation of what it explains: content is taken for the cause of a change only as far as sizes vary.
+
+        Args:
+            statistics: of each image, (N, 2C).
+            sizes: logarithm of the share of each image that each structure takes, (N, K).
+        """
+        center, sizes = statistics.mean(dim=0), sizes - sizes.mean(dim=0)
+        slopes = torch.linalg.lstsq(sizes, statistics - center, driver="gelsd").solution
+        directions = torch.linalg.svd(slopes, full_matrices=False).Vh
+        limits = 2 * (sizes @ slopes @ directions.T).std(dim=0)
+        content = cls(center, directions, limits, torch.zeros_like(center))
+        without = torch.cat(content.appearance(*statistics.chunk(2, dim=1)), dim=1)
+        return replace(content, spread=without.var(dim=0))
+
+    def appearance(self, z: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the part of an image's distances, (B, C) each, that content does not explain."""
+        distance = torch.cat([z, r], dim=1) - self.center.to(z)
+        directions, limits = self.directions.to(z), self.limits.to(z)
+        content = (distance @ directions.T).clamp(-limits, limits) @ directions
+        z, r = (distance - content).chunk(2, dim=1)
+        return z, r
+
+
+@dataclass(frozen=True)
+class SiteRule:
+    """Numbers of site correction for one network, learnt from its labelled source images.
+
+    See :func:`mgipt_monai.methods.learn_site_rule`.
+
+    Attributes:
+        layers: dotted name of a norm layer to its content.
+        trust: reciprocal of the evidence at which the source's weight becomes 0, above 0.
+        images: number of source images.
+        fingerprint: of the network's weights, see :func:`mgipt_monai.utils.provenance.fingerprint`.
+        path: the file it was read from; None if it was not read from a file.
+
+    Raises:
+        ValueError: at construction, for numbers out of range or tensors that do not fit one another.
+    """
+
+    layers: Mapping[str, LayerContent]
+    trust: float
+    images: int
+    fingerprint: str
+    path: str | None = None
+
+    def __post_init__(self) -> None:
+        check_keys("layers of the rule", dict(self.layers), set())
+        if not self.layers:
+            raise ValueError("the rule has no layers")
+        for name, layer in self.layers.items():
+            for key, value in vars(layer).items():
+                check_tensor(f"{key} of {name}", value)
+                check_finite(f"{key} of {name}", value)
+            if layer.center.ndim != 1 or len(layer.center) % 2 or not len(layer.center):
+                raise ValueError(f"the rule's center of {name} has the shape {tuple(layer.center.shape)}, not (2C,)")
+            if layer.directions.ndim != 2 or layer.directions.shape[1:] != layer.center.shape:
+                raise ValueError(f"the rule's directions of {name} have the shape {tuple(layer.directions.shape)}")
+            if layer.limits.shape != layer.directions.shape[:1] or (layer.limits < 0).any():
+                raise ValueError(f"the rule's limits of {name} are not one number from 0 for each direction")
+            if layer.spread.shape != layer.center.shape or (layer.spread < 0).any():
+                raise ValueError(f"the rule's spread of {name} is not one number from 0 for each statistic")
+        check_number("trust", self.trust, least=1e-6, most=1e6)
+        check_number("number of source images", self.images, least=1, whole=True)
+        if not isinstance(self.fingerprint, str):
+            raise ValueError(f"the fingerprint must be a text, got a {type(self.fingerprint).__name__}")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one.
+
+        Raises:
+            FileExistsError: if there is a file of another kind, such as the network's weights.
+        """
+        if os.path.lexists(path):
+            try:
+                SiteRule.load(path)
+            except (OSError, ValueError):
+                raise FileExistsError(
+                    f"{path} is no rule of site correction, and not overwritten: choose another name, or move it away"
+                ) from None
+        content = {
+            "version": VERSION,
+            "images": self.images,
+            "fingerprint": self.fingerprint,
+            "layers": {name: dict(vars(layer)) for name, layer in self.layers.items()},
+            "trust": float(self.trust),
+        }
+        save_state(content, path, sealed=True)
+        logger.info("rule of %d layers from %d source images written to %s", len(self.layers), self.images, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SiteRule:
+        """Read a file written by :meth:`save`, without executing any code in it.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or of another kind.
+        """
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"there is no rule of site correction at {path}: learn it with {LEARN}")
+        try:
+            content = load_state(path, "rule of site correction")
+            check_keys("rule", content, {"version", "images", "fingerprint", "layers", "trust"})
+            check_number("version", content["version"], VERSION, VERSION, whole=True)
+            layers = {name: _layer(name, layer) for name, layer in content["layers"].items()}
+            return cls(layers, content["trust"], content["images"], content["fingerprint"], os.fspath(path))
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a readable rule of site correction ({error.__cause__ or error}): learn it with {LEARN}"
+            ) from error
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all its numbers, as 64 hexadecimal digits."""
+        digest = hashlib.sha256(repr(float(self.trust)).encode())
+        for name, layer in sorted(self.layers.items()):
+            digest.update(name.encode())
+            for tensor in vars(layer).values():
+                digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def check(self, network: nn.Module) -> None:
+        """Raise ValueError unless ``network`` has exactly the weights that the rule was learnt with."""
+        if fingerprint(network) != self.fingerprint:
+            origin = "the rule of site correction" if self.path is None else f"the rule in {self.path}"
+            raise ValueError(
+                f"{origin} was learnt with other weights than this {type(network).__name__} has: learn it with {LEARN}"
+            )
+
+    def check_layers(self, channels: Mapping[str, int]) -> None:
+        """Raise ValueError unless the rule has each of these layers, with this number of channels."""
+        for name, number in channels.items():
+            found = len(self.layers[name].center) // 2 if name in self.layers else 0
+            if found != number:
+                raise ValueError(
+                    f"the rule of site correction has {found} channels for {name}, which has {number}: "
+                    f"learn it with {LEARN}"
+                )
+
+
+def _layer(name: str, layer: Any) -> LayerContent:
+    check_keys(f"content of {name}", layer, {"center", "directions", "limits", "spread"})
+    return LayerContent(layer["center"], layer["directions"], layer["limits"], layer["spread"])
+
+
+def read_rule(rule: SiteRule | str | os.PathLike[str] | None) -> SiteRule | None:
+    """Return the rule, read from a file if a path is given."""
+    return rule if rule is None or isinstance(rule, SiteRule) else SiteRule.load(rule)
