@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from monai.utils import convert_to_tensor
@@ -26,22 +26,20 @@ from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_la
 from mgipt_monai.networks.alignment.norms import AlignedNorms
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Output
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
-from mgipt_monai.utils.files import load_state, save_state
-from mgipt_monai.utils.provenance import fingerprint
-from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor, is_whole
+from mgipt_monai.utils.provenance import BesideWeights, fingerprint
+from mgipt_monai.utils.state_checks import check_finite, check_tensor, is_whole
 
 __all__ = ["TTN", "InterpolationWeights", "learn_interpolation_weights"]
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
 TINY = 1e-200
 """Smallest divisor, so that a gradient of zero has no direction."""
 LEARN = "`mgipt interpolation-weights SITES FILE --weights WEIGHTS`"
 
 
 @dataclass(frozen=True)
-class InterpolationWeights:
+class InterpolationWeights(BesideWeights):
     """Weights of the image's statistics in TTN's blend, for one network.
 
     Attributes:
@@ -59,63 +57,23 @@ class InterpolationWeights:
     fingerprint: str
     path: str | None = None
 
+    kind: ClassVar[str] = "file of interpolation weights"
+    made_with: ClassVar[str] = LEARN
+
     def __post_init__(self) -> None:
-        check_keys("interpolation weights", self.layers, set())
-        if not self.layers:
-            raise ValueError("the interpolation weights have no layers")
+        self._check_provenance()
         for name, weights in self.layers.items():
             check_tensor(f"weights of {name}", weights)
             check_finite(f"weights of {name}", weights)
             if weights.ndim != 1 or not ((weights >= 0) & (weights <= 1)).all():
                 raise ValueError(f"the weights of {name} are not numbers in [0, 1], one per channel")
-        check_number("number of source images", self.images, least=1, whole=True)
-        if not isinstance(self.fingerprint, str):
-            raise ValueError(f"the fingerprint must be a text, got a {type(self.fingerprint).__name__}")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one.
-
-        Raises:
-            FileExistsError: if there is a file of another kind, such as the network's weights.
-        """
-        if os.path.lexists(path):
-            try:
-                InterpolationWeights.load(path)
-            except (OSError, ValueError):
-                raise FileExistsError(
-                    f"{path} has no interpolation weights, and is not overwritten: choose another name, or move it away"
-                ) from None
-        content = {"version": VERSION, "images": self.images, "fingerprint": self.fingerprint, "layers": self.layers}
-        save_state(content, path, sealed=True)
-        logger.info("weights of %d layers from %d source images written to %s", len(self.layers), self.images, path)
+    def _content(self) -> dict[str, Any]:
+        return {"layers": self.layers}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> InterpolationWeights:
-        """Read a file written by :meth:`save`, without executing any code in it.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged or of another kind.
-        """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"there are no interpolation weights at {path}: learn them with {LEARN}")
-        try:
-            content = load_state(path, "file of interpolation weights")
-            check_keys("file", content, {"version", "layers", "images", "fingerprint"})
-            check_number("version", content["version"], VERSION, VERSION, whole=True)
-            return cls(content["layers"], content["images"], content["fingerprint"], os.fspath(path))
-        except ValueError as error:
-            raise ValueError(
-                f"{path} has no readable interpolation weights ({error.__cause__ or error}): learn them with {LEARN}"
-            ) from error
-
-    def check(self, network: nn.Module) -> None:
-        """Raise ValueError unless ``network`` has exactly the weights that these were learnt with."""
-        if fingerprint(network) != self.fingerprint:
-            origin = "the interpolation weights" if self.path is None else f"the interpolation weights in {self.path}"
-            raise ValueError(
-                f"{origin} belong to other weights than this {type(network).__name__} has: learn them with {LEARN}"
-            )
+    def _of(cls, content: Mapping[str, Any], path: str) -> InterpolationWeights:
+        return cls(content["layers"], content["images"], content["fingerprint"], path)
 
 
 class TTN(AdaptationMethod):

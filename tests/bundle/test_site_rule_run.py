@@ -48,4 +48,4 @@ def test_a_rule_is_learnt_and_used(site: Path, demo_sites: Path, tmp_path: Path)
     done = run_bundle(
         [INFERENCE, STEADY], check=False, dataset_dir=demo_sites, output_dir=tmp_path / "x", **settings, **QUICK
     )
-    assert "was learnt with other weights" in done.stderr
+    assert "was made with other weights" in done.stderr

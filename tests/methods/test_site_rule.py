@@ -129,7 +129,7 @@ def test_the_file_keeps_every_number_and_holds_for_one_network(
     assert loaded.settings() == SiteCorrection(source, rule=rule).settings()
     assert torch.equal(loaded(image), SiteCorrection(source, rule=rule)(image))
     other = nn.Sequential(*[*source[:2], nn.Conv2d(6, 2, 1)])
-    with pytest.raises(ValueError, match="learnt with other weights"):
+    with pytest.raises(ValueError, match="made with other weights"):
         SiteCorrection(other, rule=path)(image)
     with pytest.raises(ValueError, match="0 channels for 4, which has"):
         SiteCorrection(tiny_network(), rule=replace(rule, layers={"1": rule.layers["1"]}))
@@ -143,7 +143,7 @@ def test_the_file_keeps_every_number_and_holds_for_one_network(
 def test_it_overwrites_no_other_file(rule: SiteRule, tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save(tiny_network().state_dict(), path)
-    with pytest.raises(FileExistsError, match=r"model.pt is no rule"):
+    with pytest.raises(FileExistsError, match=r"model.pt is not a rule of site correction"):
         rule.save(path)
     with pytest.raises(FileNotFoundError, match="mgipt site-rule"):
         SiteRule.load(tmp_path / "absent.pt")

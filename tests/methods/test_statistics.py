@@ -72,7 +72,7 @@ def test_weights_may_be_loaded_after_construction_and_are_checked_at_the_first_i
     method, image = build(kind, path, seed=1), images()[0]
     fresh = method.adaptation_state()
     for _ in range(2):
-        with torch.inference_mode(), pytest.raises(ValueError, match=r"measured with other weights.*source-statistics"):
+        with torch.inference_mode(), pytest.raises(ValueError, match=r"made with other weights.*source-statistics"):
             method(image)
         assert same_state(method.adaptation_state(), fresh)
     method.network.load_state_dict(MixedNet().state_dict())
@@ -90,7 +90,7 @@ def test_weights_are_checked_anew_after_bind_and_reset_alone(kind: type, path: P
     started_anew.reset()
     method.bind(method.network)
     for each in (started_anew, method):
-        with pytest.raises(ValueError, match="measured with other weights"):
+        with pytest.raises(ValueError, match="made with other weights"):
             each(image)
     assert same_state(method.adaptation_state(), state)
     method.bind(MixedNet())

@@ -64,7 +64,7 @@ def test_mean_and_variance_are_those_of_the_mixture_channel_by_channel() -> None
 
 def test_weights_of_another_network_are_refused() -> None:
     method = TTN(tiny_network(seed=1), weights_of(tiny_network(), 0.5))
-    with pytest.raises(ValueError, match=r"belong to other weights than this Sequential has.*interpolation-weights"):
+    with pytest.raises(ValueError, match=r"made with other weights than this Sequential has.*interpolation-weights"):
         method(stream(1)[0])
     assert method.images_seen == 0
     few = InterpolationWeights({"1": torch.zeros(6)}, 1, "")
@@ -92,12 +92,12 @@ def test_file_gives_the_weights_back_and_nothing_else_is_overwritten(tmp_path: P
     with pytest.raises(FileExistsError, match="not overwritten"):
         weights.save(other)
     assert other.read_bytes() == before
-    with pytest.raises(ValueError, match=r"network.pt has no readable interpolation weights"):
+    with pytest.raises(ValueError, match=r"network.pt is not a readable file of interpolation weights"):
         TTN(tiny_network(), other)
     with pytest.raises(FileNotFoundError, match="mgipt interpolation-weights"):
         TTN(tiny_network(), tmp_path / "absent.pt")
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(ValueError, match="no readable interpolation weights"):
+    with pytest.raises(ValueError, match="not a readable file of interpolation weights"):
         InterpolationWeights.load(path)
 
 

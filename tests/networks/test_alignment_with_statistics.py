@@ -142,7 +142,7 @@ def test_file_of_other_weights_is_refused_at_the_first_forward() -> None:
     other = MixedNet(seed=1).eval()
     norms, image = AlignedNorms(other, statistics=statistics), stream(1)[0]
     for call in (norms.predict, norms.loss):
-        with pytest.raises(ValueError, match=r"measured with other weights.*source-statistics"):
+        with pytest.raises(ValueError, match=r"made with other weights.*source-statistics"):
             call(image)
     assert not any("forward" in layer.__dict__ for layer in other.modules())
     other.load_state_dict(network.state_dict())

@@ -4,24 +4,19 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mgipt_monai.utils.files import load_state, save_state
-from mgipt_monai.utils.provenance import fingerprint
+from mgipt_monai.utils.provenance import BesideWeights
 from mgipt_monai.utils.state_checks import check_finite, check_keys, check_number, check_tensor
 
 __all__ = ["LayerContent", "SiteRule", "read_rule"]
 
-logger = logging.getLogger(__name__)
-
-VERSION = 1
 LEARN = "`mgipt site-rule SITES FILE --weights WEIGHTS`"
 
 
@@ -73,7 +68,7 @@ class LayerContent:
 
 
 @dataclass(frozen=True)
-class SiteRule:
+class SiteRule(BesideWeights):
     """Numbers of site correction for one network, learnt from its labelled source images.
 
     See :func:`mgipt_monai.methods.learn_site_rule`.
@@ -95,10 +90,11 @@ class SiteRule:
     fingerprint: str
     path: str | None = None
 
+    kind: ClassVar[str] = "rule of site correction"
+    made_with: ClassVar[str] = LEARN
+
     def __post_init__(self) -> None:
-        check_keys("layers of the rule", dict(self.layers), set())
-        if not self.layers:
-            raise ValueError("the rule has no layers")
+        self._check_provenance()
         for name, layer in self.layers.items():
             for key, value in vars(layer).items():
                 check_tensor(f"{key} of {name}", value)
@@ -112,53 +108,16 @@ class SiteRule:
             if layer.spread.shape != layer.center.shape or (layer.spread < 0).any():
                 raise ValueError(f"the rule's spread of {name} is not one number from 0 for each statistic")
         check_number("trust", self.trust, least=1e-6, most=1e6)
-        check_number("number of source images", self.images, least=1, whole=True)
-        if not isinstance(self.fingerprint, str):
-            raise ValueError(f"the fingerprint must be a text, got a {type(self.fingerprint).__name__}")
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one.
-
-        Raises:
-            FileExistsError: if there is a file of another kind, such as the network's weights.
-        """
-        if os.path.lexists(path):
-            try:
-                SiteRule.load(path)
-            except (OSError, ValueError):
-                raise FileExistsError(
-                    f"{path} is no rule of site correction, and not overwritten: choose another name, or move it away"
-                ) from None
-        content = {
-            "version": VERSION,
-            "images": self.images,
-            "fingerprint": self.fingerprint,
-            "layers": {name: dict(vars(layer)) for name, layer in self.layers.items()},
-            "trust": float(self.trust),
-        }
-        save_state(content, path, sealed=True)
-        logger.info("rule of %d layers from %d source images written to %s", len(self.layers), self.images, path)
+    def _content(self) -> dict[str, Any]:
+        layers = {name: dict(vars(layer)) for name, layer in self.layers.items()}
+        return {"layers": layers, "trust": float(self.trust)}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SiteRule:
-        """Read a file written by :meth:`save`, without executing any code in it.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged or of another kind.
-        """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"there is no rule of site correction at {path}: learn it with {LEARN}")
-        try:
-            content = load_state(path, "rule of site correction")
-            check_keys("rule", content, {"version", "images", "fingerprint", "layers", "trust"})
-            check_number("version", content["version"], VERSION, VERSION, whole=True)
-            layers = {name: _layer(name, layer) for name, layer in content["layers"].items()}
-            return cls(layers, content["trust"], content["images"], content["fingerprint"], os.fspath(path))
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not a readable rule of site correction ({error.__cause__ or error}): learn it with {LEARN}"
-            ) from error
+    def _of(cls, content: Mapping[str, Any], path: str) -> SiteRule:
+        check_keys("rule", content, {"trust"})
+        layers = {name: _layer(name, layer) for name, layer in content["layers"].items()}
+        return cls(layers, content["trust"], content["images"], content["fingerprint"], path)
 
     @property
     def digest(self) -> str:
@@ -169,14 +128,6 @@ class SiteRule:
             for tensor in vars(layer).values():
                 digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-    def check(self, network: nn.Module) -> None:
-        """Raise ValueError unless ``network`` has exactly the weights that the rule was learnt with."""
-        if fingerprint(network) != self.fingerprint:
-            origin = "the rule of site correction" if self.path is None else f"the rule in {self.path}"
-            raise ValueError(
-                f"{origin} was learnt with other weights than this {type(network).__name__} has: learn it with {LEARN}"
-            )
 
     def check_layers(self, channels: Mapping[str, int]) -> None:
         """Raise ValueError unless the rule has each of these layers, with this number of channels."""

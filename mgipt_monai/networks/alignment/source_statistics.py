@@ -9,8 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from monai.inferers import Inferer, SimpleInferer
@@ -20,15 +19,12 @@ from torch import Tensor, nn
 from mgipt_monai.networks.alignment.fused import instance_statistics
 from mgipt_monai.networks.alignment.layers import MEASURE, find_measurable_layers, layer_features
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, in_precision_of
-from mgipt_monai.utils.files import file_names, load_state, save_state
-from mgipt_monai.utils.provenance import fingerprint
-from mgipt_monai.utils.state_checks import is_whole
+from mgipt_monai.utils.files import file_names
+from mgipt_monai.utils.provenance import BesideWeights, fingerprint
 
 __all__ = ["LayerStatistics", "SourceStatistics", "measure_source_statistics", "read_statistics"]
 
 logger = logging.getLogger(__name__)
-
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +41,7 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True)
-class SourceStatistics:
+class SourceStatistics(BesideWeights):
     """Feature statistics of source images inside a network, see :func:`measure_source_statistics`.
 
     Attributes:
@@ -64,67 +60,22 @@ class SourceStatistics:
     fingerprint: str
     path: str | None = None
 
-    @property
-    def origin(self) -> str:
-        """Their name in error messages."""
-        return "the statistics" if self.path is None else f"the statistics in {self.path}"
+    kind: ClassVar[str] = "statistics file"
+    made_with: ClassVar[str] = MEASURE
 
     def __post_init__(self) -> None:
-        if not isinstance(self.layers, dict) or not self.layers:
-            raise ValueError("the statistics have no layers")
-        if not is_whole(self.images) or self.images < 1:
-            raise ValueError(f"the number of source images must be a whole number from 1, got {self.images!r}")
-        if not isinstance(self.fingerprint, str):
-            raise ValueError(f"the fingerprint must be a text, got a {type(self.fingerprint).__name__}")
+        self._check_provenance()
         for name, layer in self.layers.items():
-            if not isinstance(name, str):
-                raise ValueError(f"the name of a layer must be a text, got {name!r}")
             _check_layer(name, layer.mean, layer.std)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file: tensors and plain types, no image. A crash leaves the old file or the new one.
-
-        Raises:
-            FileExistsError: if there is a file of another kind, such as the network's weights.
-        """
-        if os.path.lexists(path) and not _is_statistics(path):
-            raise FileExistsError(
-                f"{path} is not a statistics file, and not overwritten: choose another name, or move it away"
-            )
-        layers = {name: vars(layer) for name, layer in self.layers.items()}
-        content = {"version": VERSION, "images": self.images, "fingerprint": self.fingerprint, "layers": layers}
-        save_state(content, path, sealed=True)
-        logger.info("statistics of %d layers over %d source images written to %s", len(layers), self.images, path)
+    def _content(self) -> dict[str, Any]:
+        return {"layers": {name: vars(layer) for name, layer in self.layers.items()}}
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SourceStatistics:
-        """Read a file written by :meth:`save`, without executing any code in it.
-
-        Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if it is not a readable statistics file.
-        """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no statistics file at {path}: create it with {MEASURE}")
-        try:
-            content = load_state(path, "statistics file")
-            if content["version"] != VERSION:
-                raise ValueError(f"version {content['version']!r}, this needs {VERSION}")
-            # files of version 0.1 also contain the images' spread
-            layers = {name: LayerStatistics(layer["mean"], layer["std"]) for name, layer in content["layers"].items()}
-            return cls(layers, content["images"], content["fingerprint"], os.fspath(path))
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not a readable statistics file ({error.__cause__ or error}): recreate it with {MEASURE}"
-            ) from error
-
-    def check(self, network: nn.Module) -> None:
-        """Raise ValueError unless ``network`` has exactly the weights that the statistics were measured with."""
-        if fingerprint(network) != self.fingerprint:
-            raise ValueError(
-                f"{self.origin} were measured with other weights than this {type(network).__name__} has: "
-                f"measure them again with {MEASURE}"
-            )
+    def _of(cls, content: Mapping[str, Any], path: str) -> SourceStatistics:
+        # files of version 0.1 also contain the images' spread
+        layers = {name: LayerStatistics(layer["mean"], layer["std"]) for name, layer in content["layers"].items()}
+        return cls(layers, content["images"], content["fingerprint"], path)
 
 
 def _check_layer(name: str, mean: Any, std: Any) -> None:
@@ -136,14 +87,6 @@ def _check_layer(name: str, mean: Any, std: Any) -> None:
         raise ValueError(f"the statistics of layer {name} are not finite numbers, one per channel")
     if (std < 0).any():
         raise ValueError(f"the statistics of layer {name} have a negative standard deviation")
-
-
-def _is_statistics(path: str | os.PathLike[str]) -> bool:
-    try:
-        SourceStatistics.load(path)
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def read_statistics(statistics: SourceStatistics | str | os.PathLike[str] | None) -> SourceStatistics | None:
