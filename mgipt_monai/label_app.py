@@ -31,8 +31,8 @@ from mgipt_monai.utils.weights import load_source_weights
 __all__ = ["write_label_bundle"]
 
 METHOD = (
-    *("identifiers", "seed", "statistics_path", "head", "offset", "instance_prompt", "global_prompts", "ensemble"),
-    *("jitter", "guard", "memory", "max_forwards", "method"),
+    *("identifiers", "seed", "statistics_path", "rule_path", "head", "offset", "instance_prompt", "global_prompts"),
+    *("ensemble", "jitter", "guard", "memory", "max_forwards", "method"),
 )
 """Keys of the own bundle's ``inference.yaml`` that another bundle gets."""
 SERVED = ("state_path", "record_path", "instance_prompt#lr", "global_prompts#lr", "inferer", "tell_result")

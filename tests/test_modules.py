@@ -41,10 +41,11 @@ def made(cls: type[nn.Module]) -> nn.Module:
     return cls(tiny_network()) if issubclass(cls, AdaptationMethod) else cls()
 
 
-COMMISSIONED = "Commissioned"  # needs the files of a commissioning: tests/commissioning has it
+# they need files that belong to a network's weights, which stay the same here in single precision alone
+BOUND = ("Commissioned", "TTN")
 
 
-@pytest.mark.parametrize("cls", [c for c in public_modules() if c.__name__ != COMMISSIONED], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", [c for c in public_modules() if c.__name__ not in BOUND], ids=lambda c: c.__name__)
 def test_a_public_module_is_moved_cast_copied_and_pickled(cls: type[nn.Module]) -> None:
     module = made(cls)
     adapts, image = isinstance(module, AdaptationMethod), stream(1)[0]

@@ -116,7 +116,10 @@ def test_evaluation_reports_the_figures_per_site(tmp_path: Path, demo_sites: Pat
     assert row["metrics"]["dsc"]["disc"] == pytest.approx(disc, abs=0.02)
 
 
-@pytest.mark.parametrize("overlay", sorted(ROOT.glob("configs/methods/*.yaml")), ids=lambda path: path.stem)
+WITHOUT_A_FILE = [path for path in sorted(ROOT.glob("configs/methods/*.yaml")) if path.stem != "ttn"]  # see test_cli
+
+
+@pytest.mark.parametrize("overlay", WITHOUT_A_FILE, ids=lambda path: path.stem)
 def test_every_method_runs_by_adding_its_overlay(overlay: Path, tmp_path: Path, demo_sites: Path) -> None:
     settings = {"dataset_dir": demo_sites, "output_dir": tmp_path, "limit": 1, "spatial_size": "[64,64]"}
     run_bundle([INFERENCE, EVALUATE, overlay], **settings)
