@@ -157,8 +157,8 @@ def commission(
             ``none``, ``steady``, ``fast`` and those of ``bases``. The more are tried, the more has to be proven.
         bases: further methods for the candidates: name to the method as a bundle's config has it, such as
             ``{"bn": {"_target_": "mgipt_monai.BatchNormAdaptation"}}``.
-        fallback: what is deployed where nothing is proven: ``none``, the network as it is, or ``steady``. With
-            ``steady``, a candidate must also be proven better than it.
+        fallback: what is deployed where nothing is proven: ``none``, the network as it is, or ``steady``, unless that
+            loses on the labelled images. With ``steady``, a candidate must also be proven better than it.
         tolerated_loss: loss of metric from which an image counts as harmed.
         max_harm: largest share of the labelled images that may be harmed, in [0, 1].
         metric: ``dice``, or ``surface_dice`` for borders.
@@ -223,7 +223,11 @@ def commission(
     if harmed[best.name] > max_harm:
         reasons.append(f"{harmed[best.name]:.0%} of the images lose more than {100 * tolerated_loss:g} points")
     certified = not reasons
-    after = best if certified else behind or before
+    # what loses on the labelled images is no safe place to fall back to
+    second = behind if behind is not None and gains[behind.name].mean() >= 0 else before
+    after = best if certified else second
+    if not certified and second is not (behind or before):
+        reasons.append(f"{fallback!r} loses {-100 * gains[fallback].mean():.1f} points")
     rows = [_row(each, gains[each.name], confidence, bound, harmed[each.name]) for each in trial.candidates.values()]
     table = sorted(rows, key=lambda row: -row.lower)
     try:
@@ -231,7 +235,7 @@ def commission(
     except (ValueError, FloatingPointError) as error:
         # a fit to all images may diverge where those to parts of them did not
         reasons.append(f"{after.name!r} cannot be fitted to all images ({error})")
-        certified, after = False, behind if behind not in (None, after) else before
+        certified, after = False, second if second is not after else before
         setting, method = trial.deploy(after)
     count = len(gains[NOTHING])
     expected = choice.expected if certified else float(gains[after.name].mean())

@@ -211,11 +211,22 @@ def test_groups_count_once_and_are_never_split() -> None:
 
 
 def test_fallback_is_deployed_where_nothing_is_proven() -> None:
-    result = commission(segmenter(), site(5), candidates=["none + offset"], fallback="steady")
+    result = commission(segmenter(), site(5, shift=0.2), candidates=["none"], fallback="steady")
     assert (result.certified, result.chosen) == (False, "steady")
     assert isinstance(result.method, Commissioned)
     assert result.method.method.name == "SiteCorrection"
     assert "'steady' is deployed, unproven" in result.statement
+
+
+def test_fallback_that_loses_on_the_labelled_images_is_not_deployed() -> None:
+    network, cases = segmenter(), site(6, shift=0.2)
+    for case in cases:  # drawn as the source network does
+        case["label"] = (network(case["image"][None])[0] > 0).float()
+    result = commission(network, cases, candidates=["none + offset"], fallback="steady", check_labels=False)
+    assert (result.certified, result.chosen, result.setting) == (False, "none", None)
+    assert isinstance(result.method, Source)
+    assert "Keep the network as it is" in result.statement
+    assert "and 'steady' loses" in result.statement
 
 
 def test_too_much_harm_is_no_certificate(found: Commissioning) -> None:
