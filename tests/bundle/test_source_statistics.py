@@ -33,7 +33,7 @@ def test_calibrated_network_without_batch_norm_is_adapted(tmp_path: Path, weight
     source = demo_sites / "cold_noisy" / "images"
     done = run_bundle([INFERENCE, MEASURE], dataset_dir=source, spatial_size="[64,64]", **settings)
     assert "3/3" in done.stderr  # the progress bar
-    assert "17 layers over 3 source images written to" in done.stdout
+    assert "17 layers from 3 source images written to" in done.stdout
     statistics = SourceStatistics.load(tmp_path / "statistics.pt")
     assert (statistics.images, len(statistics.layers)) == (3, 17)
 

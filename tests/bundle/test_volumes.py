@@ -215,7 +215,7 @@ def test_statistics_of_other_weights_fail_every_volume_and_name_their_file(tmp_p
     batches = [{"image": image, "name": [f"mr_{i}"]} for i, image in enumerate(images)]
     engine = StreamingAdaptationEvaluator("cpu", batches, network, AdaptiveInferer(mgipt), progress=False)
     with pytest.raises(
-        StreamFailedError, match=rf"2 of 2 images failed(.|\n)*mr_1: the statistics in {path} were measured"
+        StreamFailedError, match=rf"2 of 2 images failed(.|\n)*mr_1: the statistics file {path} was made"
     ):
         engine.run()
     assert same_state(before, mgipt.adaptation_state())

@@ -190,17 +190,17 @@ def test_other_weights_are_refused_with_the_command_that_helps() -> None:
     statistics = measure_source_statistics(network, stream(1))
     statistics.check(copy.deepcopy(network))
     network.head.bias.data[0] += 1
-    with pytest.raises(ValueError, match=f"were measured with other weights than this MixedNet.*{MEASURE}"):
+    with pytest.raises(ValueError, match=f"was made with other weights than this MixedNet.*{MEASURE}"):
         statistics.check(network)
 
 
 def test_refused_statistics_are_named_by_their_file(tmp_path: Path) -> None:
     path = tmp_path / "statistics.pt"
     measure_source_statistics(MixedNet(), stream(1)).save(path)
-    with pytest.raises(ValueError, match=rf"the statistics in {path} were measured with other weights"):
+    with pytest.raises(ValueError, match=rf"the statistics file {path} was made with other weights"):
         SourceStatistics.load(path).check(MixedNet(seed=1))
     with pytest.raises(
-        ValueError, match=rf"the statistics in {path} were measured in another network, .* has no layer inst"
+        ValueError, match=rf"the statistics file {path} was made in another network, .* has no layer inst"
     ):
         MGIPT(tiny_network(), statistics=path)
 

@@ -118,7 +118,7 @@ def find_listed_layers(
     layers = dict(network.named_modules())
     if unknown := [name for name in names if name not in layers]:
         raise ValueError(
-            f"{origin} were measured in another network, {type(network).__name__} has no layer "
+            f"{origin} was made in another network, {type(network).__name__} has no layer "
             f"{', '.join(unknown[:4])}: measure them again with {MEASURE}"
         )
     return _matching({name: layers[name] for name in names}, pattern, "layer of the statistics file")
