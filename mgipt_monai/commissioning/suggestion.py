@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from mgipt_monai.data.datalists import write_datalist
 from mgipt_monai.data.dataset import FAILURE, MACHINE, MEMORY
-from mgipt_monai.methods.base import check_image
 from mgipt_monai.networks.alignment import find_measurable_layers, instance_statistics
-from mgipt_monai.networks.alignment.layers import layer_features
+from mgipt_monai.networks.alignment.layers import evaluating, layer_features
 from mgipt_monai.networks.alignment.windows import network_turn
 from mgipt_monai.utils.files import file_names
 from mgipt_monai.utils.machine import MachineFailureError
+from mgipt_monai.utils.state_checks import check_image
 
 __all__ = ["Suggestion", "suggest", "write_suggestions"]
 
@@ -275,20 +275,16 @@ def _observing(network: nn.Module) -> Iterator[Callable[[], list[Tensor]]]:
         seen.clear()
         return latest
 
-    modes = {module: module.training for module in network.modules()}
-    with network_turn(network):
+    with network_turn(network), evaluating(network):
         hooks = [
             layer.register_forward_hook(partial(observe, name))
             for name, layer in find_measurable_layers(network).items()
         ]
         try:
-            network.eval()
             yield look
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _of_prediction(logits: Tensor, head: str) -> list[Tensor]:

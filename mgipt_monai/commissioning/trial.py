@@ -26,7 +26,7 @@ from mgipt_monai.commissioning.correctors import (
     fit_prompts,
     fit_temperature,
 )
-from mgipt_monai.methods.base import AdaptationMethod, check_image
+from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.methods.commissioned import Commissioned, SiteSetting, monitored
 from mgipt_monai.methods.source import Source
 from mgipt_monai.metrics import expected_dice
@@ -34,6 +34,7 @@ from mgipt_monai.networks.correction import Correction
 from mgipt_monai.networks.prompts.early_stop import Head, binarize
 from mgipt_monai.utils.files import root_cause
 from mgipt_monai.utils.provenance import fingerprint
+from mgipt_monai.utils.state_checks import check_image
 
 __all__ = [
     "BASES",
@@ -257,8 +258,7 @@ class Trial:
                 continue
             self.bases[base] = build
             if NOTHING in correctors:
-                scored = [self._scored(each, case) for each, case in zip(logits, self.cases, strict=True)]
-                self._add(base, NOTHING, cost, scored)
+                self._add(base, NOTHING, cost, list(map(self._scored, logits, self.cases)))
             if "offset" in correctors:
                 self._add(base, "offset", cost, self._with_offset(logits))
         for corrector, fit in TRAINED.items():

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mgipt_monai.data.dataset import MAX_VALUES, check_file
 from mgipt_monai.data.dicom import DICOM_VOLUME
-from mgipt_monai.methods.base import check_image
 from mgipt_monai.networks.alignment.windows import NetworkOutputError
+from mgipt_monai.utils.state_checks import check_image
 
 __all__ = ["AdaptationResultd", "CheckFiled", "CheckImaged", "CheckLogitsd", "LabelToChannelsd", "ToAxesOfd"]
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -13,9 +14,11 @@ from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer
 from torch import Tensor
 
+from mgipt_monai.commissioning.commission import check_settings, commission
 from mgipt_monai.commissioning.site import commission_cases
+from mgipt_monai.commissioning.trial import BASES, read_candidates
 from mgipt_monai.handlers.evaluators import check_evaluator, network_of
-from mgipt_monai.networks.prompts.early_stop import Head, check_head
+from mgipt_monai.networks.prompts.early_stop import Head
 from mgipt_monai.stream.records import Identifiers
 from mgipt_monai.utils.files import file_names, stem
 
@@ -38,6 +41,7 @@ class CommissioningHandler:
 
     Raises:
         ValueError: at construction, for settings out of range.
+        TypeError: at construction, for a setting that :func:`mgipt_monai.commission` does not have.
 
     Example:
         >>> import tempfile
@@ -63,7 +67,11 @@ class CommissioningHandler:
         identifiers: Identifiers = "names",
         **settings: Any,
     ) -> None:
-        check_head(head)
+        bound = inspect.signature(commission).bind(None, (), head=head, **settings)
+        bound.apply_defaults()
+        asked = bound.arguments
+        check_settings(**{key: asked[key] for key in inspect.signature(check_settings).parameters})
+        read_candidates(asked["candidates"], {**BASES, **(asked["bases"] or {})})
         if mode not in ("new", "audit"):
             raise ValueError(f"mode must be new or audit, got {mode!r}")
         self.site_dir, self.head, self.mode, self.identifiers = site_dir, head, mode, identifiers

@@ -26,6 +26,8 @@ __all__ = ["SiteCorrection"]
 
 SLAB = 2**16
 """Number of a window's voxels whose views are compared at once."""
+IMAGE_SHARE = 0.2
+"""Weight of the image's own statistics in the third prediction."""
 TRUST = 2.5
 """Trust in the evidence where no rule was learnt for the network."""
 
@@ -83,7 +85,7 @@ class SiteCorrection(Remembering):
         memory: SiteMemory | Literal["default"] | None = "default",
         rule: SiteRule | str | os.PathLike[str] | None = None,
         trust: float | None = None,
-        image_share: float = 0.2,
+        image_share: float = IMAGE_SHARE,
         aligned_layers: str | None = None,
         head: Head = "sigmoid",
         output: Output | None = None,

@@ -10,16 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from monai.metrics import compute_dice
 from monai.networks.layers import GaussianFilter
 from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers
+from mgipt_monai.methods.site_correction import IMAGE_SHARE
+from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, evaluating, find_norm_layers
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
 from mgipt_monai.networks.alignment.site_rule import LayerContent, SiteRule
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Output
-from mgipt_monai.networks.prompts.early_stop import Head, check_head
+from mgipt_monai.networks.prompts.early_stop import Head, binarize, check_head
 from mgipt_monai.utils.provenance import fingerprint
 from mgipt_monai.utils.state_checks import is_whole
 
@@ -142,23 +144,20 @@ def learn_site_rule(
     items = list(_pairs(batches, head, limit))
     if len(items) < LEAST_IMAGES:
         raise ValueError(f"a rule takes at least {LEAST_IMAGES} labelled source images, got {len(items)}")
-    modes = {module: module.training for module in network.modules()}
-    norms = SiteNorms(network.eval(), route=ForwardRoute(output=output))
+    norms = SiteNorms(network, route=ForwardRoute(output=output))
     try:
-        with torch.no_grad(), torch.autocast(items[0][0].device.type, enabled=False):
+        with evaluating(network), torch.no_grad(), torch.autocast(items[0][0].device.type, enabled=False):
             statistics, sizes = _statistics(norms, items), torch.cat([_sizes(label) for _, label in items])
             half = {name: LayerContent.measure(seen[::2], sizes[::2]) for name, seen in statistics.items()}
             rule = SiteRule(half, TRUSTS[0], len(items), fingerprint(network))
             tried = items[1::2]
             content, looks = _streams(tried, severities, sites, length, seed)
             losses = [
-                torch.cat([_losses(norms, rule, tried, stream) for stream in streams]) if streams else None
+                torch.cat([_losses(norms, rule, tried, stream, head) for stream in streams]) if streams else None
                 for streams in (content, looks)
             ]
     finally:
         norms.detach()
-        for module, mode in modes.items():
-            module.training = mode
     trusted = [TRUSTS[0]]
     for i, trust in enumerate(TRUSTS):
         shares = [(each[:, i] > 1).double().mean().item() for each in losses if each is not None]
@@ -248,7 +247,9 @@ def _streams(
     return content, looks
 
 
-def _losses(norms: SiteNorms, rule: SiteRule, items: Sequence[tuple[Tensor, Tensor]], stream: _Stream) -> Tensor:
+def _losses(
+    norms: SiteNorms, rule: SiteRule, items: Sequence[tuple[Tensor, Tensor]], stream: _Stream, head: Head
+) -> Tensor:
     """Return the points of DSC that each image of a stream loses with each trust, (N, trusts)."""
     site = SiteStatistics()
     site.rule = rule
@@ -262,26 +263,20 @@ def _losses(norms: SiteNorms, rule: SiteRule, items: Sequence[tuple[Tensor, Tens
         with norms.corrected_to(site, observe=True):
             corrected = norms.predict(image, "calibrated")
         evidence = site.evidence
-        with norms.corrected_to(site, image_share=0.2):
+        with norms.corrected_to(site, image_share=IMAGE_SHARE):
             own = norms.predict(image, "calibrated")
         site.end()
-        adapted, before = (corrected + own) / 2, _dsc(source, label)
-        after = [_dsc(torch.lerp(source, adapted, min(1.0, (t * evidence) ** 2)), label) for t in TRUSTS]
+        adapted, before = (corrected + own) / 2, _dsc(source, label, head)
+        after = [_dsc(torch.lerp(source, adapted, min(1.0, (t * evidence) ** 2)), label, head) for t in TRUSTS]
         losses.append(before - torch.stack(after))
     found = torch.stack(losses)
     logger.info("%s: evidence %.2f at the end", stream.name, evidence)
     return found
 
 
-def _dsc(logits: Tensor, label: Tensor) -> Tensor:
+def _dsc(logits: Tensor, label: Tensor, head: Head) -> Tensor:
     """Return the mean DSC over the structures in percent, 100 for one that is absent and not found."""
-    if logits.shape[1] == label.shape[1]:
-        found = logits.flatten(2) > 0
-    elif logits.shape[1] == label.shape[1] + 1:
-        best = logits.argmax(dim=1, keepdim=True).flatten(2)
-        found = best == torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1)
-    else:
+    masks = binarize(logits, head)
+    if masks.shape != label.shape:
         raise ValueError(f"{logits.shape[1]} output channels do not fit labels of {label.shape[1]} structures")
-    truth = label.flatten(2) > 0.5
-    both, sizes = (found & truth).sum(dim=2), found.sum(dim=2) + truth.sum(dim=2)
-    return torch.where(sizes > 0, 200 * both / sizes.clamp(min=1), 100.0).mean()
+    return 100 * compute_dice(masks, (label > 0.5).float(), ignore_empty=False).mean()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mgipt_monai.methods.base import AdaptationMethod, Prediction
 from mgipt_monai.methods.weight_updates.losses import cross_entropy
 from mgipt_monai.networks.alignment.fused import instance_statistics
-from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers, stored_statistics
+from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, evaluating, find_norm_layers, stored_statistics
 from mgipt_monai.networks.alignment.norms import AlignedNorms
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Output
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
@@ -123,9 +123,8 @@ class TTN(AdaptationMethod):
         super().__init__(network, output)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings, with the mean weight of the image's statistics: a run resumes with the same alone."""
-        weights = torch.cat(list(self.norms.weights.values()))
-        return {"image_weight": weights.double().mean().item(), **super().settings()}
+        """Return the settings, with the weights' digest: a run resumes with the same alone."""
+        return {**super().settings(), "weights": self.weights.digest}
 
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
         if not self._is_checked:  # not for each image, since it reads all of the network's weights
@@ -258,15 +257,13 @@ def learn_interpolation_weights(
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
     """Evaluate a network without gradients of its weights, and restore its modes and flags."""
-    modes = {module: module.training for module in network.modules()}
     flags = {parameter: parameter.requires_grad for parameter in network.parameters()}
     try:
-        network.eval().requires_grad_(False)
-        with torch.inference_mode(False), torch.autocast(next(iter(flags)).device.type, enabled=False):
+        network.requires_grad_(False)
+        device = next(iter(flags)).device.type
+        with evaluating(network), torch.inference_mode(False), torch.autocast(device, enabled=False):
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 

@@ -94,6 +94,23 @@ class BesideWeights(ABC):
         if not isinstance(self.fingerprint, str):
             raise ValueError(f"the fingerprint must be a text, got a {type(self.fingerprint).__name__}")
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all numbers, as 64 hexadecimal digits."""
+        digest = hashlib.sha256()
+
+        def add(value: Any) -> None:
+            if isinstance(value, Mapping):
+                for key, each in sorted(value.items()):
+                    digest.update(f"{key}\0".encode())
+                    add(each)
+            else:
+                numbers = value.contiguous().numpy().tobytes() if isinstance(value, Tensor) else repr(value).encode()
+                digest.update(numbers)
+
+        add(self._content())
+        return digest.hexdigest()
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file. A crash leaves the old file or the new one.
 

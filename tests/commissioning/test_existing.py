@@ -240,3 +240,17 @@ def test_pipeline_without_labels_is_told_which_config_to_use(tmp_path: Path) -> 
         evaluator.run()
     with pytest.raises(ValueError, match="mode must be new or audit, got 'add'"):
         CommissioningHandler(tmp_path / "site", mode="add")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"fallback": "hope"}, "fallback must be one of none, steady"),
+        ({"confidence": 2}, "confidence"),
+        ({"candidates": ["none + luck"]}, "there is no candidate 'none \\+ luck'"),
+        ({"fallbak": "none"}, "unexpected keyword argument 'fallbak'"),
+    ],
+)
+def test_handler_checks_its_settings_before_any_work(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        CommissioningHandler(tmp_path / "site", **settings)

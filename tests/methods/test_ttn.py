@@ -44,7 +44,7 @@ def test_weight_of_zero_is_the_source_and_of_one_the_image() -> None:
     for value, expected in ((0.0, Source(tiny_network())), (1.0, BatchNormAdaptation(tiny_network()))):
         method = TTN(tiny_network(), weights_of(tiny_network(), value))
         settings = method.settings()
-        assert settings == {"class": "TTN", "image_weight": value}
+        assert settings == {"class": "TTN", "weights": weights_of(tiny_network(), value).digest}
         assert torch.allclose(method(image), expected(image), atol=1e-5)
         assert method.settings() == settings
 
@@ -70,9 +70,14 @@ def test_weights_of_another_network_are_refused() -> None:
     few = InterpolationWeights({"1": torch.zeros(6)}, 1, "")
     with pytest.raises(ValueError, match="0 numbers for 4, which has 6 channels"):
         TTN(tiny_network(), few)
-    assert TTN(tiny_network(), few, aligned_layers="^1$").settings()["image_weight"] == 0
+    assert TTN(tiny_network(), few, aligned_layers="^1$").settings()["weights"] == few.digest
     with pytest.raises(ValueError, match=r"needs interpolation weights.*interpolation_path"):
         TTN(tiny_network(), None)
+
+
+def test_digest_tells_weights_of_the_same_mean_apart() -> None:
+    one, other = (InterpolationWeights({"1": torch.tensor(w)}, 1, "") for w in ([0.0, 1.0], [1.0, 0.0]))
+    assert one.digest != other.digest
 
 
 # --- the file

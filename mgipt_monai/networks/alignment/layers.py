@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 __all__ = [
+    "evaluating",
     "find_listed_layers",
     "find_measurable_layers",
     "find_norm_layers",
@@ -35,6 +37,18 @@ NEEDS_BATCH_NORM = (
     "this method needs batch norm (norm='batch', track_running_stats=True); MGIPT with a statistics file adapts "
     "networks without it"
 )
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluate a network within the block, and restore the mode of each of its modules."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def has_stored_statistics(layer: nn.Module) -> bool:

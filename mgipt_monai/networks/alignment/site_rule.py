@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -118,16 +117,6 @@ class SiteRule(BesideWeights):
         check_keys("rule", content, {"trust"})
         layers = {name: _layer(name, layer) for name, layer in content["layers"].items()}
         return cls(layers, content["trust"], content["images"], content["fingerprint"], path)
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of all its numbers, as 64 hexadecimal digits."""
-        digest = hashlib.sha256(repr(float(self.trust)).encode())
-        for name, layer in sorted(self.layers.items()):
-            digest.update(name.encode())
-            for tensor in vars(layer).values():
-                digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def check_layers(self, channels: Mapping[str, int]) -> None:
         """Raise ValueError unless the rule has each of these layers, with this number of channels."""

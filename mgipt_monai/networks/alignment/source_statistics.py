@@ -17,7 +17,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor, nn
 
 from mgipt_monai.networks.alignment.fused import instance_statistics
-from mgipt_monai.networks.alignment.layers import MEASURE, find_measurable_layers, layer_features
+from mgipt_monai.networks.alignment.layers import MEASURE, evaluating, find_measurable_layers, layer_features
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, in_precision_of
 from mgipt_monai.utils.files import file_names
 from mgipt_monai.utils.provenance import BesideWeights, fingerprint
@@ -135,12 +135,10 @@ def measure_source_statistics(
     if device is None:
         device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
     seen = {name: _RunningMean() for name in chosen}
-    modes = {module: module.training for module in network.modules()}
     hooks = [layer.register_forward_hook(partial(_observe, seen[name])) for name, layer in chosen.items()]
     count = 0
     try:
-        network.eval()
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
+        with evaluating(network), torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             for count, (image, file) in enumerate(_one_by_one(images, device), start=1):
                 if not torch.isfinite(image).all():
                     raise ValueError(f"source image {count}{file} has NaN or infinite values: repair or remove it")
@@ -149,8 +147,6 @@ def measure_source_statistics(
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise ValueError("there are no source images to measure")
     measured = {name: each.statistics() for name, each in seen.items() if each.count}
