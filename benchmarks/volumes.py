@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -138,14 +138,14 @@ def _status(key: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
 
-def table(network: str, methods: Sequence[str], options: argparse.Namespace) -> str:
-    """Measure one network and return its table."""
-    lines = [
+def table(network: str, methods: Sequence[str], options: argparse.Namespace) -> Iterator[str]:
+    """Measure one network and return the lines of its table, each as soon as it is measured."""
+    yield (
         f"\n{network}, windows of {options.window} in batches of {options.batch}, overlap {options.overlap}, "
-        f"{options.precision}, threads {options.threads}\n",
-        "| volume | windows | method | s | of plain | F | F per window | peak MiB | of plain |",
-        "|---|--:|---|--:|--:|--:|--:|--:|--:|",
-    ]
+        f"{options.precision}, threads {options.threads}\n"
+    )
+    yield "| volume | windows | method | s | of plain | F | F per window | peak MiB | of plain |"
+    yield "|---|--:|---|--:|--:|--:|--:|--:|--:|"
     with tempfile.TemporaryDirectory() as folder:
         prepare(network, options.window, Path(folder))
         for size in options.sizes.split(","):
@@ -160,12 +160,11 @@ def table(network: str, methods: Sequence[str], options: argparse.Namespace) -> 
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-3:]
                 found = Figures(float(done[0]), int(done[1]), float(done[2]))
                 plain = plain or found
-                lines.append(
+                yield (
                     f"| {size} | {plain.passes} | {method} | {found.seconds:.2f} | {found.seconds / plain.seconds:.2f} "
                     f"| {found.passes} | {found.passes / plain.passes:.2f} "
                     f"| {found.memory:.0f} | {found.memory / plain.memory:.2f} |"
                 )
-    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -198,7 +197,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{platform.machine()}, torch {torch.__version__}, MONAI {monai.__version__}")
     methods = ["plain", *(name for name in options.methods.split(",") if name != "plain")]
     for network in options.networks.split(","):
-        print(table(network, methods, options), flush=True)
+        for line in table(network, methods, options):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

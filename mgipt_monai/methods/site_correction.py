@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any, Literal, cast
 
@@ -18,7 +17,7 @@ from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_la
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
 from mgipt_monai.networks.alignment.site_rule import SiteRule, read_rule
 from mgipt_monai.networks.alignment.windows import Output
-from mgipt_monai.networks.ensemble import disagreement, disagreement_map
+from mgipt_monai.networks.ensemble import disagreement, disagreement_map, slabs
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.state_checks import check_keys
 
@@ -149,7 +148,7 @@ class SiteCorrection(Remembering):
             logits = self._views(windows).unflatten(0, (3, len(windows)))
             maps = []
             for one in logits.unbind(1):
-                found = [disagreement_map(slab, self.head) for slab in one.split(_rows(one), dim=2)]
+                found = [disagreement_map(slab, self.head) for slab in slabs(one, SLAB)]
                 maps.append(torch.cat([each for each, _ in found], dim=2))
                 sums.extend(torch.stack([each[0, 0].mul(seen).sum(), seen.sum()]).double() for each, seen in found)
             kept = logits[: int(self.side_by_side)].unbind()
@@ -231,8 +230,3 @@ def _fuse(views: Tensor, weight: float) -> Tensor:
     """Fuse the logits of the source, the site, and the site with the image, (3, ...) to (1, ...)."""
     source, corrected, own = views.split(1)
     return torch.lerp(source, (corrected + own) / 2, weight)
-
-
-def _rows(logits: Tensor) -> int:
-    """Return how many of a window's rows (N, K, rows, ...) are compared at once, so that little memory is taken."""
-    return max(SLAB // max(math.prod(logits.shape[3:]), 1), 1)

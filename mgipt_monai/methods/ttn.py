@@ -165,6 +165,7 @@ class _InterpolatedNorms(AlignedNorms):
         if self.normalization != "calibrated":
             return super().align(name, features)
         layer: Any = self.layers[name]
+        features = features.float()
         mean, std = instance_statistics(features)
         source_mean, source_std = self.stored(name)
         own, share = self.weights[name].to(features.device), mean - source_mean

@@ -12,7 +12,10 @@ from torch.nn import functional
 
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
 
-__all__ = ["ConfidenceEnsemble", "MeanEnsemble", "disagreement", "disagreement_map"]
+__all__ = ["ConfidenceEnsemble", "MeanEnsemble", "disagreement", "disagreement_map", "slabs"]
+
+SLAB = 2**18
+"""Number of voxels of each view that are fused or compared at once."""
 
 
 class ConfidenceEnsemble(nn.Module):
@@ -66,12 +69,15 @@ class ConfidenceEnsemble(nn.Module):
         Returns:
             Fused logits (1, K, \\*spatial).
         """
-        confidence = self.confidence(logits)
         factors = torch.full((len(logits),), self.global_factor, dtype=logits.dtype, device=logits.device)
         if has_instance:
             factors[0] = self.instance_factor
-        weights = confidence / confidence.sum(dim=0) * factors.view(-1, *[1] * (logits.ndim - 1))
-        return (weights * logits).sum(dim=0, keepdim=True)
+        factors = factors.view(-1, *[1] * (logits.ndim - 1))
+        fused = []
+        for slab in slabs(logits):
+            confidence = self.confidence(slab)
+            fused.append((confidence / confidence.sum(dim=0) * factors * slab).sum(dim=0, keepdim=True))
+        return fused[0] if len(fused) == 1 else torch.cat(fused, dim=2)
 
     def confidence(self, logits: Tensor) -> Tensor:
         """Confidence per voxel, in (0, 1]: (N, K, \\*spatial) to (N, 1, \\*spatial)."""
@@ -125,15 +131,19 @@ def disagreement(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, float]
         >>> uncertainty.tolist(), mean
         ([[[0.0, 1.0, 1.0, 1.0]]], 0.75)
     """
-    if head == "sigmoid":
-        # (N, decisions, classes, *spatial)
-        probabilities = torch.stack([logits.sigmoid(), (-logits).sigmoid()], dim=2)
-    else:
-        probabilities = logits.softmax(dim=1)[:, None]
-    together = _entropy(probabilities.mean(dim=0, keepdim=True))
-    shared = together - _entropy(probabilities).mean(dim=0, keepdim=True)
-    uncertainty = _normalised(shared, len(logits), probabilities.shape[2])
-    seen = _seen(logits, head)
+    maps = []
+    for slab in slabs(logits):
+        if head == "sigmoid":
+            # (N, decisions, classes, *spatial)
+            probabilities = torch.stack([slab.sigmoid(), (-slab).sigmoid()], dim=2)
+        else:
+            probabilities = slab.softmax(dim=1)[:, None]
+        together = _entropy(probabilities.mean(dim=0, keepdim=True))
+        shared = together - _entropy(probabilities).mean(dim=0, keepdim=True)
+        maps.append((_normalised(shared, len(logits), probabilities.shape[2]), _seen(slab, head)))
+    uncertainty, seen = maps[0]
+    if len(maps) > 1:
+        uncertainty, seen = torch.cat([each for each, _ in maps], dim=2), torch.cat([each for _, each in maps])
     return uncertainty, uncertainty[0, 0][seen].mean().item() if seen.any() else 0.0
 
 
@@ -152,14 +162,22 @@ def disagreement_map(logits: Tensor, head: Head = "sigmoid") -> tuple[Tensor, Te
         likely = logits.sigmoid()
         own = (functional.softplus(logits) - logits * likely).mean(dim=0, keepdim=True)
         mean = likely.mean(dim=0, keepdim=True)
-        shared, classes = torch.special.entr(mean) + torch.special.entr(1 - mean) - own, 2
+        shared, classes = _plogp(mean).add_(_plogp(1 - mean)).add_(own).neg_(), 2
     else:
         logarithms = logits.log_softmax(dim=1)
         probabilities = logarithms.exp()
         own = -(probabilities * logarithms).sum(dim=1, keepdim=True).mean(dim=0, keepdim=True)
-        together = torch.special.entr(probabilities.mean(dim=0, keepdim=True)).sum(dim=1, keepdim=True)
-        shared, classes = together - own, logits.shape[1]
+        together = _plogp(probabilities.mean(dim=0, keepdim=True)).sum(dim=1, keepdim=True)
+        shared, classes = together.add_(own).neg_(), logits.shape[1]
     return _normalised(shared, len(logits), classes), _seen(logits, head)
+
+
+def slabs(logits: Tensor, voxels: int = SLAB) -> tuple[Tensor, ...]:
+    """Split logits (N, K, rows, ...) along their rows into views of at most that many voxels of each, at least a row.
+
+    What is computed voxel by voxel then takes little memory besides its result, however large the volume.
+    """
+    return logits.split(max(voxels // max(math.prod(logits.shape[3:]), 1), 1), dim=2)
 
 
 def _normalised(shared: Tensor, views: int, classes: int) -> Tensor:
@@ -174,9 +192,15 @@ def _seen(logits: Tensor, head: Head) -> Tensor:
     if head == "softmax" and logits.shape[1] < 2:
         raise ValueError("a softmax head needs at least two channels; use head='sigmoid' for this network")
     each = logits.flatten(0, 1)
-    most, least = each.amax(dim=0), each.amin(dim=0)
+    most = each.amax(dim=0)
     found = most > 0 if head == "sigmoid" else (logits[:, 1:].amax(dim=1) > logits[:, 0]).any(dim=0)
-    return found | ~(most.isfinite() & least.isfinite())
+    # infinite or no number where any view is not finite
+    return found | ~((most - each.amin(dim=0)) < math.inf)
+
+
+def _plogp(probabilities: Tensor) -> Tensor:
+    """Return p log p, which ``entr`` takes several times as long for on a CPU; 0 where p is 0."""
+    return probabilities.clamp(min=torch.finfo(probabilities.dtype).tiny).log_().mul_(probabilities)
 
 
 def _entropy(probabilities: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from mgipt_monai.networks import ConfidenceEnsemble
+from mgipt_monai.networks import ConfidenceEnsemble, disagreement
+from mgipt_monai.networks.ensemble import slabs
 
 
 def by_hand(views: list[list[float]], factors: list[float], constant: bool = False) -> list[float]:
@@ -114,3 +115,16 @@ def test_negative_factor_is_refused(setting: str) -> None:
 def test_unknown_one_channel_confidence_is_refused() -> None:
     with pytest.raises(ValueError, match="one_channel must be one of binary, constant; got 'softmax'"):
         ConfidenceEnsemble(one_channel="softmax")
+
+
+def test_large_volumes_are_fused_and_compared_slab_by_slab() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 2, 70, 64, 64)
+    assert len(slabs(logits)) == 2
+    fused, (uncertainty, mean) = ConfidenceEnsemble()(logits), disagreement(logits)
+    whole = [ConfidenceEnsemble()(part) for part in logits.split(10, dim=2)]
+    torch.testing.assert_close(fused, torch.cat(whole, dim=2))
+    maps = [disagreement(part) for part in logits.split(10, dim=2)]
+    torch.testing.assert_close(uncertainty, torch.cat([each for each, _ in maps], dim=2))
+    assert 0 < mean < 1
+    assert uncertainty.shape == (1, 1, 70, 64, 64)

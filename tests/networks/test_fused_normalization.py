@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mgipt_monai.networks import alignment_loss, calibrate, instance_statistics
-from mgipt_monai.networks.alignment.fused import Blend, align
+from mgipt_monai.networks.alignment.fused import ROWS, Blend, align, normalize
 
 SPATIAL = [(9,), (6, 7), (3, 4, 5)]
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -158,3 +158,31 @@ def test_gradient_of_the_deviation_keeps_its_digits_far_from_zero() -> None:
     x.requires_grad_()
     (gradient,) = torch.autograd.grad(instance_statistics(x)[1].sum(), x)
     torch.testing.assert_close(gradient.double(), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("affine", [True, False])
+def test_given_statistics_need_one_pass(count: int, affine: bool, layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    layer = norm_layer(2, affine, eps=0.1)
+    x = (torch.randn(count, 3, 6, 7) * 3 + 1).contiguous(memory_format=layout)
+    mean, variance = torch.randn(count, 3), torch.rand(count, 3) + 0.5
+    expected = align(x, layer, lambda *_: Blend(mean, variance, 1.0))[0]
+    made = normalize(x, layer, mean, variance)
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=1e-5)
+    assert made.stride() == x.stride()
+    half = normalize(x.bfloat16(), layer, mean, variance)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected, atol=0.1, rtol=0.02)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_statistics_of_large_features_with_channels_innermost(count: int) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(count, 8, 260, 200) * 2 + 5).contiguous(memory_format=torch.channels_last)
+    assert x.numel() > 4 * ROWS
+    mean, std = instance_statistics(x)
+    expected = torch.std_mean(x.double().flatten(2), dim=2)[::-1]
+    for one, other in zip((mean, std), expected, strict=True):
+        torch.testing.assert_close(one.double(), other, atol=0, rtol=1e-6)

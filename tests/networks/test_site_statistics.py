@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mgipt_monai.networks import SiteStatistics
-from tests.conftest import same_state
+from mgipt_monai.networks import SiteNorms, SiteStatistics
+from mgipt_monai.networks.alignment import site as site_module
+from tests.conftest import same_state, stream, tiny_network
 
 MEAN, STD = torch.tensor([1.0, -2.0, 0.5, 0.0]), torch.tensor([0.5, 1.0, 2.0, 0.1])
 CHANNELS = {"norm": 4}
@@ -154,3 +155,29 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(change: dict, 
 def test_wrong_settings_fail_with_the_value(setting: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{setting} .* {value}"):
         SiteStatistics(**{setting: value})
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("shares", [0.0, 0.2, (0.0, 0.2)])
+def test_features_are_measured_only_where_their_own_statistics_count(
+    dims: int, shares: float | tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+    own = site_module.instance_statistics
+    monkeypatch.setattr(site_module, "instance_statistics", lambda x: measured.append(len(x)) or own(x))
+    network, (first, second) = tiny_network(dims).eval().requires_grad_(False), stream(2, dims=dims)
+    norms, site = SiteNorms(network), SiteStatistics(caution=0)
+    norms.start(first)
+    site.begin()
+    with norms.corrected_to(site, observe=True), torch.no_grad():
+        norms.run(first, "calibrated")
+    assert not measured
+    each = shares if isinstance(shares, tuple) else (shares,)
+    with norms.corrected_to(site, image_share=shares), torch.no_grad():
+        made = norms.run(torch.cat([second] * len(each)), "calibrated")
+    assert len(measured) == (len(norms.layers) if 0.2 in each else 0)
+    assert set(measured) <= {1}
+    for share, logits in zip(each, made.split(1), strict=True):
+        with norms.corrected_to(site, image_share=share):  # with gradients, all are measured
+            expected = norms.run(second.clone().requires_grad_(), "calibrated")
+        torch.testing.assert_close(logits, expected.detach(), atol=1e-5, rtol=1e-5)

@@ -14,8 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-__all__ = ["Blend", "align", "alignment_loss", "calibrate", "instance_statistics"]
+__all__ = ["Blend", "align", "alignment_loss", "calibrate", "instance_statistics", "normalize"]
+
+ROWS = 2**16
+"""Number of values that are squared at once where channels are innermost, so that they stay in the processor's cache.
+Smaller features stay there anyway."""
 
 
 class Blend(NamedTuple):
@@ -122,6 +127,37 @@ def align(
     return _Align.apply(x, layer.weight, layer.bias, layer.eps, blend, target)
 
 
+def normalize(x: Tensor, layer: nn.Module, mean: Tensor, variance: Tensor) -> Tensor:
+    """Normalise features with given statistics, in one pass over them and without measuring them.
+
+    Args:
+        x: features (B, C, \\*spatial).
+        layer: the norm layer, for its ``eps``, ``weight`` and ``bias``; the latter two may be None.
+        mean: float32, (B, C).
+        variance: likewise.
+
+    Returns:
+        Normalised features, in the features' own precision.
+
+    Example:
+        >>> x, layer = torch.rand(2, 3, 8, 8), nn.BatchNorm2d(3)
+        >>> mean, std = instance_statistics(x)
+        >>> torch.allclose(normalize(x, layer, mean, std.square()), align(x, layer, lambda *_: None)[0], atol=1e-5)
+        True
+    """
+    scale, shift = _scale_and_shift(mean, torch.rsqrt(variance + layer.eps), layer.weight, layer.bias)
+    if x.is_contiguous():  # torch's batch norm is one pass; each sample's channel is a channel of its own
+        return _one_pass(x.reshape(1, -1, *x.shape[2:]), scale, shift).view(x.shape)
+    if len(x) == 1:
+        return _one_pass(x, scale, shift)
+    return torch.addcmul(_over_space(shift, x), x, _over_space(scale, x)).to(x.dtype)
+
+
+def _one_pass(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    nought, unit = torch.zeros_like(scale).flatten(), torch.ones_like(scale).flatten()
+    return functional.batch_norm(x, nought, unit, scale.flatten(), shift.flatten(), eps=0.0)
+
+
 class _Statistics(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,9 +192,11 @@ class _Align(torch.autograd.Function):
         own = mean, std.square()
         blended_mean, blended_variance = own if given is None else given.statistics(*own)
         inverse = torch.rsqrt(blended_variance + eps)
-        scale = inverse if weight is None else inverse * weight
-        shift = -blended_mean * scale if bias is None else torch.addcmul(bias, blended_mean, scale, value=-1)
-        torch.mul(x, _over_space(scale, x), out=normalised).add_(_over_space(shift, x))
+        scale, shift = _scale_and_shift(blended_mean, inverse, weight, bias)
+        if x.is_contiguous():
+            torch.mul(x, _over_space(scale, x), out=normalised).add_(_over_space(shift, x))
+        else:  # faster with the channels innermost only
+            torch.addcmul(_over_space(shift, x), x, _over_space(scale, x), out=normalised)
         ctx.save_for_backward(x, mean, std, source_mean, source_std, blended_mean, inverse, scale)
         ctx.slope = 1.0 if given is None else given.slope
         return normalised, loss
@@ -189,8 +227,19 @@ def _measure(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
     space = tuple(range(2, x.ndim))
     mean = x.mean(space)
     # two passes: the mean of squares minus the squared mean loses digits if the mean is large
-    torch.sub(x, _over_space(mean, x), out=scratch)
-    return mean, (scratch.square_().sum(space) / max(x[0, 0].numel() - 1, 1)).sqrt_()
+    if x.numel() > 4 * ROWS and x.ndim == 4 and not x.is_contiguous():
+        rows = x.split(max(ROWS // (x.numel() // x.shape[2]), 1), dim=2)
+        squares = torch.stack([(row - _over_space(mean, row)).square_().sum(space) for row in rows]).sum(dim=0)
+    else:
+        squares = torch.sub(x, _over_space(mean, x), out=scratch).square_().sum(space)
+    return mean, (squares / max(x[0, 0].numel() - 1, 1)).sqrt_()
+
+
+def _scale_and_shift(
+    mean: Tensor, inverse: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    scale = inverse if weight is None else inverse * weight
+    return scale, -mean * scale if bias is None else torch.addcmul(bias, mean, scale, value=-1)
 
 
 def _variance_gradient(std_gradient: Tensor, std: Tensor) -> Tensor:

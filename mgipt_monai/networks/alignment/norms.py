@@ -131,6 +131,7 @@ class AlignedNorms:
         Raises:
             ForwardEndedError: if only the loss is requested, and this is the last layer that it needs.
         """
+        features = features.float()
         if self.forward_end.is_last(name):
             self.measure(name, features)  # ends the forward: the normalised features are not needed
         target = None if self.losses is None else lambda mean, std: self._sign(name, mean, std)
@@ -198,6 +199,7 @@ class AlignedNorms:
             return
         forwards = {layer: _AlignedLayer(self, name, layer).forward for name, layer in self.layers.items()}
         forwards |= {layer: FrozenPReLU(layer).forward for layer in FrozenPReLU.layers(self.network)}
+        forwards |= self._layout.forwards(self.network)
         self._replaced = [(layer, layer.__dict__.get("forward")) for layer in forwards]
         for layer, forward in forwards.items():
             layer.forward = forward
@@ -250,6 +252,7 @@ class AlignedNorms:
         self.forwards, self.signature = 0, None
         # the order of the layers is recorded once per image
         self.forward_end = ForwardEnd()
+        self._layout.start()
         self.windows = Windows(self.route, image)
 
     @property
@@ -348,7 +351,7 @@ class _AlignedLayer:
         if norms.normalization != "source" and has_stored_statistics(layer):
             features = layer_features(layer, x, x, norms.images)
             if features is not None:
-                aligned = norms.align(self.name, features.float()).to(x.dtype)
+                aligned = norms.align(self.name, features).to(x.dtype)
                 return aligned if len(x) == norms.images else aligned.movedim(2, 1).flatten(0, 1)
         output = type(layer).forward(layer, x, *args, **kwargs)
         if norms.measures(self.name):

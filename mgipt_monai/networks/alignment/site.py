@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mgipt_monai.networks.alignment.fused import Blend
+from mgipt_monai.networks.alignment.fused import Blend, instance_statistics, normalize
 from mgipt_monai.networks.alignment.layers import stored_statistics
 from mgipt_monai.networks.alignment.norms import AlignedNorms
 from mgipt_monai.networks.alignment.site_rule import SiteRule
@@ -92,10 +92,11 @@ class SiteStatistics(nn.Module):
         self._latest: dict[str, Tensor] = {}
         self._observed: dict[str, int] = {}
         self._shares: dict[str, Tensor] = {}
+        self._corrected: dict[str, tuple[Tensor, Tensor]] = {}
 
     def begin(self) -> None:
         """Start an image; an image that was started before without :meth:`end` is discarded."""
-        self._latest, self._observed, self._shares = {}, {}, {}
+        self._latest, self._observed, self._shares, self._corrected = {}, {}, {}, {}
 
     def observe(self, name: str, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> None:
         """Add a layer's input statistics of the current image, for the whole image or some of its windows.
@@ -114,6 +115,7 @@ class SiteStatistics(nn.Module):
         before = self._observed.get(name, 0)
         count = self._observed[name] = before + len(mean)
         self._latest[name] = torch.lerp(self._latest[name], seen, len(mean) / count) if before else seen
+        self._corrected.pop(name, None)
 
     def correct(self, name: str, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation of a layer's input at the site, moved from the source's by the layer's share.
@@ -126,6 +128,8 @@ class SiteStatistics(nn.Module):
         Returns:
             Mean and deviation to normalise with, each (C,).
         """
+        if name in self._corrected:
+            return self._corrected[name]
         averages = self._with_latest(name)
         shift, spread = averages[:2], (averages[2:] - averages[:2].square()).clamp(min=0)
         seen = self._count + 1
@@ -140,7 +144,8 @@ class SiteStatistics(nn.Module):
         share = square / (square + spread.mean()).clamp(min=1e-12) * seen / (seen + self.caution)
         self._shares[name] = share
         z, r = share * shift
-        return source_mean + source_std * z, source_std * r.exp()
+        self._corrected[name] = source_mean + source_std * z, source_std * r.exp()
+        return self._corrected[name]
 
     def _with_latest(self, name: str) -> Tensor:
         latest = self._latest[name]
@@ -157,6 +162,7 @@ class SiteStatistics(nn.Module):
         """Add the current image to the averages."""
         self._averages = {**self._averages, **{name: self._with_latest(name) for name in self._latest}}
         self._count += 1
+        self._corrected = {}
 
     def adaptation_state(self) -> dict[str, Any]:
         """Return the state: the number of images, and four averages per channel of each layer."""
@@ -236,20 +242,42 @@ class SiteNorms(AlignedNorms):
         for i in range(0, len(windows), 2):
             self.run(torch.cat(windows[i : i + 2]), "calibrated")
 
+    def align(self, name: str, features: Tensor) -> Tensor:
+        """Normalise a layer's features (B, C, \\*spatial), and measure them only where that is needed."""
+        measures = self.observe or self.losses is not None or self._signs is not None or torch.is_grad_enabled()
+        if self.normalization != "calibrated" or self.site is None or measures:
+            return super().align(name, features)
+        shares = [self.image_share] if isinstance(self.image_share, (int, float)) else self.image_share
+        means, variances = [], []
+        for share, group in zip(shares, features.chunk(len(shares)), strict=True):
+            mean, variance = (each.expand(len(group), -1) for each in self._site_statistics(name, self.site))
+            if share:
+                own_mean, own_std = instance_statistics(group.float())
+                mean = torch.lerp(own_mean, mean, 1 - share)
+                variance = torch.lerp(own_std.square(), variance, 1 - share)
+            means.append(mean)
+            variances.append(variance)
+        features = features if features.dtype == torch.bfloat16 else features.float()
+        return normalize(features, self.layers[name], torch.cat(means), torch.cat(variances))
+
     def blend(self, name: str, mean: Tensor, std: Tensor) -> Blend | None:
         """Return the site's statistics, blended with the image's own by ``image_share``."""
         if self.normalization != "calibrated" or self.site is None:
             return super().blend(name, mean, std)
-        # deviations include eps, as in the layer, so that silent source channels do not divide by zero
-        source_mean, source_variance = stored_statistics(self.layers[name])
-        eps: float = self.layers[name].eps  # type: ignore[assignment] # any norm layer has one
-        source = source_mean.float(), (source_variance.float() + eps).sqrt()
         if self.observe:
-            self.site.observe(name, mean, (std.square() + eps).sqrt(), *source)
-        site_mean, site_std = self.site.correct(name, *source)
-        site_variance = site_std.square() - eps
-        if isinstance(self.image_share, (int, float)):
-            return Blend(site_mean, site_variance, 1 - self.image_share)
-        weights = 1 - mean.new_tensor(self.image_share).repeat_interleave(len(mean) // len(self.image_share))[:, None]
-        blended = torch.lerp(mean, site_mean, weights), torch.lerp(std.square(), site_variance, weights)
-        return Blend(*blended, 1.0, fixed=True)
+            self.site.observe(name, mean, (std.square() + self._eps(name)).sqrt(), *self._source(name))
+        assert isinstance(self.image_share, (int, float))  # several go without gradients, by align
+        return Blend(*self._site_statistics(name, self.site), 1 - self.image_share)
+
+    def _site_statistics(self, name: str, site: SiteStatistics) -> tuple[Tensor, Tensor]:
+        """Return the site's mean and variance at a layer."""
+        mean, std = site.correct(name, *self._source(name))
+        return mean, std.square() - self._eps(name)
+
+    def _source(self, name: str) -> tuple[Tensor, Tensor]:
+        # deviations include eps, as in the layer, so that silent source channels do not divide by zero
+        mean, variance = stored_statistics(self.layers[name])
+        return mean.float(), (variance.float() + self._eps(name)).sqrt()
+
+    def _eps(self, name: str) -> float:
+        return self.layers[name].eps  # type: ignore[return-value] # any norm layer has one
