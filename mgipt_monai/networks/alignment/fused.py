@@ -146,16 +146,12 @@ def normalize(x: Tensor, layer: nn.Module, mean: Tensor, variance: Tensor) -> Te
         True
     """
     scale, shift = _scale_and_shift(mean, torch.rsqrt(variance + layer.eps), layer.weight, layer.bias)
-    if x.is_contiguous():  # torch's batch norm is one pass; each sample's channel is a channel of its own
-        return _one_pass(x.reshape(1, -1, *x.shape[2:]), scale, shift).view(x.shape)
-    if len(x) == 1:
-        return _one_pass(x, scale, shift)
-    return torch.addcmul(_over_space(shift, x), x, _over_space(scale, x)).to(x.dtype)
-
-
-def _one_pass(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    if not x.is_contiguous():  # with the channels innermost
+        return torch.addcmul(_over_space(shift, x), x, _over_space(scale, x)).to(x.dtype)
+    # torch's batch norm is one pass; each sample's channel is a channel of its own
     nought, unit = torch.zeros_like(scale).flatten(), torch.ones_like(scale).flatten()
-    return functional.batch_norm(x, nought, unit, scale.flatten(), shift.flatten(), eps=0.0)
+    channels = x.reshape(1, -1, *x.shape[2:])
+    return functional.batch_norm(channels, nought, unit, scale.flatten(), shift.flatten(), eps=0.0).view(x.shape)
 
 
 class _Statistics(torch.autograd.Function):
