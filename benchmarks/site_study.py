@@ -223,7 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="at most this number of images per site")
     parser.add_argument("--severity", type=float, help="of configs/shifts/cameras.yaml")
     parser.add_argument("--prompts", action="store_true", help="also with instance prompts on top of site correction")
-    parser.add_argument("--site_prompts", action="store_true", help="also with prompts learnt over the stream, and MGIPT")
+    parser.add_argument(
+        "--site_prompts", action="store_true", help="also with prompts learnt over the stream, and MGIPT"
+    )
     parser.add_argument("--rule", help="file of `mgipt site-rule` for these weights")
     options = vars(parser.parse_args(arguments))
     configs, prompts, with_prompts = options.pop("configs"), options.pop("prompts"), options.pop("site_prompts")

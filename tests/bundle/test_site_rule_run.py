@@ -81,9 +81,8 @@ def test_a_training_learns_the_rule_of_its_best_weights_at_its_end(site: Path, t
 def test_a_rule_that_cannot_be_learnt_is_refused_before_the_training(
     change: dict, message: str, site: Path, tmp_path: Path
 ) -> None:
-    done = run_bundle(
-        [INFERENCE, TRAIN], check=False, dataset_dir=site, output_dir=tmp_path / "out", site_rule=True, **SHORT, **change
-    )
+    settings = {"output_dir": tmp_path / "out", "site_rule": True, **SHORT, **change}
+    done = run_bundle([INFERENCE, TRAIN], check=False, dataset_dir=site, **settings)
     assert done.returncode
     assert re.search(message, done.stderr)
     assert not (tmp_path / "out" / "training.pt").exists()
