@@ -26,7 +26,7 @@ class SiteRuleHandler:
     """Learns the rule of site correction for the weights that a training has kept, and writes it beside them.
 
     When the trainer completes, the weights are loaded into the network, which keeps them, and
-    :func:`mgipt_monai.methods.learn_site_rule` runs it over the labelled images. The rule holds for these weights alone.
+    :func:`mgipt_monai.methods.learn_site_rule` runs it over the labelled images. The rule holds for these weights only.
 
     Args:
         path: the file to write.

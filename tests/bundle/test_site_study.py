@@ -19,7 +19,7 @@ def test_tables_of_a_stream(
         [
             "configs/shifts/cameras.yaml",
             *("--dataset_dir", str(demo_sites), "--ckpt_path", str(BUNDLE / "models" / "model.pt")),
-            *("--limit", "3", "--severity", "0.5", "--prompts", "--site_prompts"),
+            *("--limit", "2", "--severity", "0.5", "--prompts", "--site_prompts"),
         ]
     )
     rows = {
