@@ -8,13 +8,15 @@ signals with the gain:
     python benchmarks/site_study.py configs/fundus_odoc.yaml --dataset_dir SITES --ckpt_path WEIGHTS.pt \\
       --sites rimone_r2,drishti_gs --limit 40
 
-With --rule the evidence and the correction are those of a network's own rule (`mgipt site-rule`).
+With --rule the evidence and the correction are those of a network's own rule (`mgipt site-rule`). With --site_prompts
+there are also prompts that are learnt over the stream on top of site correction, and MGIPT, whose gain they are after.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +27,8 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn import functional
 
-from mgipt_monai.networks import InstancePrompt, SiteNorms, SiteRule, SiteStatistics
+from mgipt_monai import MGIPT
+from mgipt_monai.networks import GlobalPrompts, InstancePrompt, SiteNorms, SiteRule, SiteStatistics
 from mgipt_monai.stream.summary import worst_tenth
 from mgipt_monai.utils.statistics import shares
 
@@ -34,9 +37,60 @@ CONFIGS = [str(ROOT / "bundle" / "configs" / name) for name in ("inference.yaml"
 SOURCE_WEIGHTS = (0.9, 0.8, 0.6, 0.0)
 PROMPT_SIDES = (1, 3)
 TRUSTS = ((1, 1), (2, 1), (3, 1), (1.75, 2), (2, 2), (2.5, 2), (3, 2), (3, 4))
+HIGH = 0.2
+"""Evidence from which a gated site prompt takes a step: with a trust of 2.5, a weight of a quarter."""
 
 
-def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) -> tuple[dict[str, Tensor], float]:
+@dataclass
+class SitePrompt:
+    """Prompts of a site, learnt over its images on top of site correction.
+
+    Args:
+        sides: of the prompts.
+        lr: of their step at each image.
+        steps: at all images, those with ``high`` evidence, or all with the learning rate times the ``weight``.
+        loss: alignment loss with the features normalised by the ``site`` or, as MGIPT's, by the ``instance``.
+    """
+
+    sides: tuple[int, ...] = (5,)
+    lr: float = 0.05
+    steps: str = "high"
+    loss: str = "site"
+
+    def __post_init__(self) -> None:
+        self.prompts = GlobalPrompts(self.sides, lr=self.lr)
+
+    def __str__(self) -> str:
+        sides = ", ".join(map(str, self.sides))
+        return f"prompts of side {sides}, lr {self.lr:g}, steps: {self.steps}, loss: {self.loss}"
+
+    def learn_and_predict(self, norms: SiteNorms, site: SiteStatistics, image: Tensor, evidence: float) -> Tensor:
+        """Take the image's step, and return the mean logits of the prompted image, corrected to the site."""
+        self.prompts.lr = self.lr * (min(1.0, (2.5 * evidence) ** 2) if self.steps == "weight" else 1.0)
+        with norms.corrected_to(site):
+            if self.prompts.lr > 0 and (self.steps != "high" or evidence >= HIGH):
+                normalization = "calibrated" if self.loss == "site" else "instance"
+                with torch.enable_grad():
+                    self.prompts.step(image, lambda prompted: norms.loss(prompted, normalization))
+            return norms.predict(self.prompts(image), "calibrated").mean(dim=0, keepdim=True)
+
+
+def site_prompts() -> list[SitePrompt]:
+    """Return those to compare, new."""
+    return [
+        SitePrompt(steps="all"),
+        SitePrompt(),
+        SitePrompt(lr=0.005),
+        SitePrompt((1,)),
+        SitePrompt(steps="weight"),
+        SitePrompt((3, 5, 7), steps="all", loss="instance"),
+        SitePrompt((3, 5, 7), loss="instance"),
+    ]
+
+
+def views(
+    norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool, learnt: Sequence[SitePrompt] = ()
+) -> tuple[dict[str, Tensor], float]:
     """Return the predictions of an image with each set of statistics, and the evidence for another site."""
     norms.start(image)
     site.begin()
@@ -57,16 +111,25 @@ def views(norms: SiteNorms, site: SiteStatistics, image: Tensor, prompts: bool) 
                 with torch.enable_grad():
                     prompt.tune(image, lambda prompted: norms.loss(prompted, "calibrated"), lambda _: 0.0)
                 seen[f"site, prompt of side {side}"] = norms.predict(prompt(image), "calibrated")
+    for one in learnt:
+        seen[f"site, {one}"] = one.learn_and_predict(norms, site, image, evidence)
     site.end()
     return seen, evidence
 
 
-def fusions(seen: dict[str, Tensor], evidence: float) -> dict[str, Tensor]:
-    """Return the predictions to compare."""
+def fusions(
+    seen: dict[str, Tensor], evidence: float, learnt: Sequence[SitePrompt] = (), trust: float = 2.5
+) -> dict[str, Tensor]:
+    """Return the predictions to compare; the trust is that of the predictions of prompts."""
     source, site, both = seen["source"], seen["site"], seen["site and image"]
     compared = {name: logits for name, logits in seen.items() if "flipped" not in name}
     compared["mean of source and its flipped view"] = (source + seen["source, flipped"]) / 2
     compared["half source, half site"] = (source + site) / 2
+    weight = min(1.0, (trust * evidence) ** 2)
+    for one in learnt:
+        prompted = seen[f"site, {one}"]
+        compared[f"fused, {one}"] = torch.lerp(source, prompted, weight)
+        compared[f"fused, {one}, a third view"] = torch.lerp(source, (site + both + prompted) / 3, weight)
     for trust, power in TRUSTS:
         weight = min(1.0, (trust * evidence) ** power)
         compared[f"fused, trust {trust:g}, power {power:g}"] = torch.lerp(source, (site + both) / 2, weight)
@@ -104,7 +167,9 @@ def dice(logits: Tensor, label: Tensor) -> float:
     return 100 * compute_dice((logits > 0).float(), label).nan_to_num(1.0).mean().item()
 
 
-def study(configs: Sequence[str], prompts: bool, rule: str | None = None, **settings: object) -> None:
+def study(
+    configs: Sequence[str], prompts: bool, with_prompts: bool, rule: str | None = None, **settings: object
+) -> None:
     """Process the stream and print both tables."""
     workflow = ConfigWorkflow(
         config_file=[*CONFIGS, *configs], workflow_type="infer", logging_file=False, bundle_root=str(ROOT / "bundle"),
@@ -117,12 +182,21 @@ def study(configs: Sequence[str], prompts: bool, rule: str | None = None, **sett
     if rule is not None:
         site.rule = SiteRule.load(rule)
         site.rule.check(norms.network)
+    trust = 2.5 if site.rule is None else site.rule.trust
+    learnt = site_prompts() if with_prompts else []
+    methods = {}
+    if with_prompts:
+        fast = MGIPT(norms.network, instance_sizes=(1,), steps=2, global_sizes=(5,))
+        methods = {"MGIPT": MGIPT(norms.network), "fast": fast}
     rows, told = [], []
     with torch.no_grad():
         for batch in get("dataloader"):
             image, label = batch["image"].as_tensor(), batch["label"].as_tensor()
-            seen, evidence = views(norms, site, image, prompts)
-            rows.append({name: dice(logits, label) for name, logits in fusions(seen, evidence).items()})
+            seen, evidence = views(norms, site, image, prompts, learnt)
+            compared = fusions(seen, evidence, learnt, trust)
+            with torch.enable_grad():
+                compared |= {name: method(image) for name, method in methods.items()}
+            rows.append({name: dice(logits, label) for name, logits in compared.items()})
             told.append({"gain": rows[-1]["image, source weight 0.8"] - rows[-1]["source"], **signals(seen, evidence)})
     source = np.array([row["source"] for row in rows])
     print("| prediction | DSC | gain | worse by > 1 | worst tenth |", "|---|--:|--:|--:|--:|", sep="\n")
@@ -149,11 +223,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="at most this number of images per site")
     parser.add_argument("--severity", type=float, help="of configs/shifts/cameras.yaml")
     parser.add_argument("--prompts", action="store_true", help="also with instance prompts on top of site correction")
+    parser.add_argument(
+        "--site_prompts", action="store_true", help="also with prompts learnt over the stream, and MGIPT"
+    )
     parser.add_argument("--rule", help="file of `mgipt site-rule` for these weights")
     options = vars(parser.parse_args(arguments))
-    configs, prompts = options.pop("configs"), options.pop("prompts")
+    configs, prompts, with_prompts = options.pop("configs"), options.pop("prompts"), options.pop("site_prompts")
     options["sites"] = options["sites"].split(",") if options["sites"] else None
-    study(configs, prompts, **{key: value for key, value in options.items() if value is not None})
+    study(configs, prompts, with_prompts, **{key: value for key, value in options.items() if value is not None})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from mgipt_monai.data.outputs import check_names
 
 __all__ = ["ORDERS", "order_stream", "share_stream"]
 
-ORDERS = ("sites", "shuffled", "gradual")
+ORDERS = ("sites", "shuffled", "alternating", "gradual")
 
 
 def order_stream(
@@ -23,13 +24,14 @@ def order_stream(
 
     - ``sites``: as given; from :func:`mgipt_monai.find_stream` that is site after site.
     - ``shuffled``: all images in random order, different in each round.
+    - ``alternating``: the first image of each site, then the second of each, and so on.
     - ``gradual``: each site blends into the next. The k-th site (k from 0, by first image) occupies positions k to
       k + 1 of the stream, with the i-th of its n images at k + (i + 0.5) / n. Each image is then shifted by a uniform
       random number in [-blend, blend), different in each round, and the images are sorted by position.
 
     Args:
         items: the images, with ``site`` and ``name``; they are not changed.
-        order: one of ``sites``, ``shuffled``, ``gradual``.
+        order: one of ``sites``, ``shuffled``, ``alternating``, ``gradual``.
         rounds: number of times that the stream is repeated, at least 1.
         seed: non-negative integer; round r is drawn from (seed, r).
         blend: for ``gradual``, the largest shift of an image in units of a site's length, in (0, 1]. Around a border,
@@ -77,6 +79,9 @@ def _positions(sites: list[str], order: str, blend: float, generator: np.random.
         return generator.permutation(len(sites))
     if order == "gradual":
         return _site_positions(sites) + generator.uniform(-blend, blend, len(sites))
+    if order == "alternating":
+        place = {site: count() for site in sites}
+        return np.array([next(place[site]) for site in sites])
     return np.arange(len(sites))
 
 

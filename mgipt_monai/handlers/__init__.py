@@ -9,6 +9,7 @@ from .adaptation import TestTimeAdaptationHandler
 from .average_prompts import AveragePromptsHandler
 from .commission_site import CommissioningHandler
 from .evaluators import network_of
+from .learn_site_rule import SiteRuleHandler
 from .peak_memory import PeakMemoryHandler
 from .resumable_training import ResumableTrainingHandler
 from .tracking import StreamMLFlowHandler
@@ -19,6 +20,7 @@ __all__ = [
     "CommissioningHandler",
     "PeakMemoryHandler",
     "ResumableTrainingHandler",
+    "SiteRuleHandler",
     "SourceStatisticsHandler",
     "StreamMLFlowHandler",
     "TestTimeAdaptationHandler",

@@ -186,13 +186,10 @@ class SiteCorrection(Remembering):
         """See :meth:`AdaptationMethod.predict_through`.
 
         Raises:
-            ValueError: for windows or slices together with a rule, which was learnt on whole images.
+            ValueError: for a rule that was learnt from whole images or from other windows than the inferer's.
         """
-        if self.rule is not None and not isinstance(inferer, SimpleInferer):
-            raise ValueError(
-                f"a rule of site correction holds for whole images, not for the windows of a {type(inferer).__name__}: "
-                "leave it out (in the bundle: rule_path)"
-            )
+        if self.rule is not None:
+            self.rule.check_inferer(inferer)
         super().predict_through(inferer, windows)
 
     def settings(self) -> dict[str, Any]:

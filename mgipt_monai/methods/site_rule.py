@@ -6,10 +6,12 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, cast
 
 import torch
+from monai.inferers import Inferer, SimpleInferer
 from monai.metrics import compute_dice
 from monai.networks.layers import GaussianFilter
 from monai.utils import convert_to_tensor
@@ -18,9 +20,9 @@ from torch.nn import functional
 
 from mgipt_monai.methods.site_correction import IMAGE_SHARE
 from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, evaluating, find_norm_layers
-from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
-from mgipt_monai.networks.alignment.site_rule import LayerContent, SiteRule
-from mgipt_monai.networks.alignment.windows import ForwardRoute, Output
+from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics, distances
+from mgipt_monai.networks.alignment.site_rule import LayerContent, SiteRule, window_of
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Output, Windows
 from mgipt_monai.networks.prompts.early_stop import Head, binarize, check_head
 from mgipt_monai.utils.provenance import fingerprint
 from mgipt_monai.utils.state_checks import is_whole
@@ -103,6 +105,8 @@ def learn_site_rule(
     limit: int = 200,
     seed: int = 0,
     output: Output | None = None,
+    inferer: Inferer | None = None,
+    windows: int = 2,
 ) -> SiteRule:
     """Learn the rule of site correction from labelled source images; the network stays as it is.
 
@@ -124,6 +128,9 @@ def learn_site_rule(
         limit: at most this number of images is read.
         seed: chooses sites and images.
         output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
+        inferer: a ``SlidingWindowInferer`` or ``SliceInferer`` for a network that is shown windows; the rule then holds
+            for windows of this size. None shows it whole images.
+        windows: number of windows of an image that the site is told from, as in adaptation.
 
     Returns:
         The rule, for :class:`SiteCorrection`.
@@ -141,15 +148,17 @@ def learn_site_rule(
     if not all(0 < severity <= 3 for severity in severities):
         raise ValueError(f"severities must be above 0 and at most 3, got {list(severities)}")
     find_norm_layers(network, None, NEEDS_BATCH_NORM)
-    items = list(_pairs(batches, head, limit))
+    items = list(_pairs(batches, next(chain(network.parameters(), network.buffers())).device, limit))
     if len(items) < LEAST_IMAGES:
         raise ValueError(f"a rule takes at least {LEAST_IMAGES} labelled source images, got {len(items)}")
-    norms = SiteNorms(network, route=ForwardRoute(output=output))
+    route = ForwardRoute(output=output)
+    route.change(SimpleInferer() if inferer is None else inferer, windows)
+    norms = SiteNorms(network, route=route)
     try:
         with evaluating(network), torch.no_grad(), torch.autocast(items[0][0].device.type, enabled=False):
-            statistics, sizes = _statistics(norms, items), torch.cat([_sizes(label) for _, label in items])
-            half = {name: LayerContent.measure(seen[::2], sizes[::2]) for name, seen in statistics.items()}
-            rule = SiteRule(half, TRUSTS[0], len(items), fingerprint(network))
+            statistics, sizes, second = _statistics(norms, items)
+            half = {name: LayerContent.measure(seen[~second], sizes[~second]) for name, seen in statistics.items()}
+            rule = SiteRule(half, TRUSTS[0], len(items), fingerprint(network), window_of(route.inferer))
             tried = items[1::2]
             content, looks = _streams(tried, severities, sites, length, seed)
             losses = [
@@ -166,11 +175,11 @@ def learn_site_rule(
             break
         trusted.append(trust)
     layers = {name: LayerContent.measure(seen, sizes) for name, seen in statistics.items()}
-    return SiteRule(layers, trusted[-1], len(items), rule.fingerprint)
+    return replace(rule, layers=layers, trust=trusted[-1])
 
 
-def _pairs(batches: Iterable[Mapping[str, Any]], head: Head, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield image (1, C, \\*spatial) and label (1, K, \\*spatial) of each source image."""
+def _pairs(batches: Iterable[Mapping[str, Any]], device: torch.device, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield image (1, C, \\*spatial) and label (1, K, \\*spatial) of each source image, on the network's device."""
     count = 0
     for batch in batches:
         images, labels = (convert_to_tensor(batch[key], dtype=torch.float32, track_meta=False) for key in _KEYS)
@@ -182,39 +191,45 @@ def _pairs(batches: Iterable[Mapping[str, Any]], head: Head, limit: int) -> Iter
             if not torch.isfinite(image).all():
                 raise ValueError(f"source image {count + 1} has NaN or infinite values: repair or remove it")
             count += 1
-            yield image, label
+            yield image.to(device), label.to(device)
 
 
 _KEYS = ("image", "label")
 
 
 class _Statistics(SiteStatistics):
-    """Site statistics that note each image's own, and correct nothing."""
+    """Site statistics that note those of each image or window, and correct nothing."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[str, list[Tensor]] = {}
 
-    def end(self) -> None:
-        """Note the image's statistics."""
-        for name, latest in self._latest.items():
-            self.seen.setdefault(name, []).append(latest[:2].flatten().cpu())
+    def observe(self, name: str, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> None:
+        """Note a layer's statistics."""
+        seen = torch.cat(distances(mean, std, source_mean, source_std), dim=1)
+        self.seen.setdefault(name, []).append(seen.cpu())
 
     def correct(self, name: str, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
         """Return the source's."""
         return source_mean, source_std
 
 
-def _statistics(norms: SiteNorms, items: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return each layer's statistics of each image, (N, 2C)."""
-    statistics = _Statistics()
-    for image, _ in items:
+def _statistics(norms: SiteNorms, items: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Look at each image, whole or in the windows that the site is told from.
+
+    Returns:
+        Each layer's statistics of N images or windows, (N, 2C); the structures' sizes in them, (N, K); and whether each
+        belongs to one of every second image, (N,).
+    """
+    statistics, sizes, second = _Statistics(), [], []
+    for i, (image, label) in enumerate(items):
         norms.start(image)
-        statistics.begin()
         with norms.corrected_to(statistics, observe=True):
-            norms.predict(image, "calibrated")
-        statistics.end()
-    return {name: torch.stack(seen) for name, seen in statistics.seen.items()}
+            norms.look(image)
+        own = [_sizes(window) for window in cast(Windows, norms.windows).cut(label)]
+        sizes += own
+        second += [i % 2 == 1] * len(own)
+    return {name: torch.cat(seen) for name, seen in statistics.seen.items()}, torch.cat(sizes), torch.tensor(second)
 
 
 def _sizes(label: Tensor) -> Tensor:
@@ -260,7 +275,10 @@ def _losses(
         norms.start(image)
         site.begin()
         source = norms.predict(image)
-        with norms.corrected_to(site, observe=True):
+        if rule.window is not None:
+            with norms.corrected_to(site, observe=True):
+                norms.look(image)
+        with norms.corrected_to(site, observe=rule.window is None):
             corrected = norms.predict(image, "calibrated")
         evidence = site.evidence
         with norms.corrected_to(site, image_share=IMAGE_SHARE):

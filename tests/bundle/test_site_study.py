@@ -19,13 +19,17 @@ def test_tables_of_a_stream(
         [
             "configs/shifts/cameras.yaml",
             *("--dataset_dir", str(demo_sites), "--ckpt_path", str(BUNDLE / "models" / "model.pt")),
-            *("--limit", "3", "--severity", "0.5", "--prompts"),
+            *("--limit", "2", "--severity", "0.5", "--prompts", "--site_prompts"),
         ]
     )
     rows = {
         row.split("|")[1].strip(): row.split("|")[2:-1] for row in capsys.readouterr().out.splitlines() if "|" in row
     }
     assert rows["source"][1:3] == [" +0.00 ", " 0 % "]
-    for name in ("image, source weight 0.0", "site", "site, prompt of side 3", "fused, trust 2.5, power 2"):
+    prompted = "fused, prompts of side 5, lr 0.05, steps: high, loss: site"
+    for name in (
+        *("image, source weight 0.0", "site", "site, prompt of side 3", "fused, trust 2.5, power 2"),
+        *(prompted, f"{prompted}, a third view", "MGIPT", "fast"),
+    ):
         assert 0 < float(rows[name][0]) <= 100
     assert -1 <= float(rows["entropy falls"][0]) <= 1

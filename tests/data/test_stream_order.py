@@ -8,7 +8,7 @@ import pytest
 
 from mgipt_monai.data import order_stream
 
-ORDERS = ("sites", "shuffled", "gradual")
+ORDERS = ("sites", "shuffled", "alternating", "gradual")
 
 
 def items(*counts: int) -> list[dict]:
@@ -63,6 +63,12 @@ def test_shuffled_mixes_the_sites_evenly() -> None:
     np.testing.assert_allclose(shares, 0.5, atol=0.08)
 
 
+def test_alternating_takes_sites_in_turn_until_each_is_at_its_end() -> None:
+    stream = order_stream(items(3, 1, 2), "alternating", rounds=2)
+    assert names(stream)[:6] == ["A/0", "B/0", "C/0", "A/1", "C/1", "A/2"]
+    assert [name.removeprefix("round_2/") for name in names(stream)[6:]] == names(stream)[:6]
+
+
 def test_gradual_with_hardly_any_blend_is_site_after_site() -> None:
     given = items(4, 7, 1)
     assert order_stream(given, "gradual", blend=1e-6) == order_stream(given)
@@ -105,7 +111,7 @@ def test_image_stands_in_the_middle_of_its_stretch() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"order": "random"}, "order is 'random': choose one of sites, shuffled, gradual"),
+        ({"order": "random"}, "order is 'random': choose one of sites, shuffled, alternating, gradual"),
         ({"rounds": 0}, "rounds must be at least 1, got 0"),
         ({"seed": -1}, "seed must not be negative, got -1"),
         ({"blend": 0}, r"blend must be above 0 and at most 1 .*, got 0"),

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from monai.inferers import SimpleInferer, SlidingWindowInferer
+from monai.inferers import SimpleInferer, SliceInferer, SlidingWindowInferer
 from torch import nn
 
-from mgipt_monai import SiteCorrection
+from mgipt_monai import AdaptiveInferer, SiteCorrection
 from mgipt_monai.methods import learn_site_rule
 from mgipt_monai.methods.site_rule import SimulatedSite
 from mgipt_monai.networks import SiteRule
@@ -100,11 +100,46 @@ def test_trust_is_the_rules_unless_it_is_given(source: nn.Module, rule: SiteRule
     assert SiteCorrection(source).trust == 2.5
 
 
-def test_windows_are_refused_as_the_rule_is_of_whole_images(source: nn.Module, rule: SiteRule) -> None:
+WINDOWS = SlidingWindowInferer(roi_size=(16, 16), sw_batch_size=2, overlap=0.25)
+
+
+def test_a_rule_holds_for_what_its_network_was_shown(source: nn.Module, rule: SiteRule, tmp_path: Path) -> None:
+    of_windows = learn_site_rule(source, discs(24), inferer=WINDOWS)
+    assert (rule.window, of_windows.window) == (None, (16, 16))
+    of_windows.save(tmp_path / "rule.pt")
+    method = SiteCorrection(source, rule=tmp_path / "rule.pt")
+    method.predict_through(WINDOWS)
+    with pytest.raises(ValueError, match=r"learnt from windows of 16x16, and the SimpleInferer .* whole images: learn"):
+        method.predict_through(SimpleInferer())
+    with pytest.raises(ValueError, match="the network windows of 8x8"):
+        method.predict_through(SlidingWindowInferer(roi_size=(8, 8)))
     method = SiteCorrection(source, rule=rule)
     method.predict_through(SimpleInferer())
-    with pytest.raises(ValueError, match="not for the windows of a SlidingWindowInferer: leave it out"):
-        method.predict_through(SlidingWindowInferer(roi_size=(16, 16)))
+    with pytest.raises(ValueError, match=r"from whole images, and .* leave it out \(in the bundle: rule_path\)"):
+        method.predict_through(WINDOWS)
+
+
+def test_in_windows_too_larger_structures_are_no_other_site_and_another_look_is(source: nn.Module) -> None:
+    rule = learn_site_rule(source, discs(60), inferer=WINDOWS, windows=3)
+    assert rule.digest == learn_site_rule(source, discs(60), inferer=WINDOWS, windows=3).digest
+
+    def weight(rule: SiteRule | None, change: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        method = SiteCorrection(source, rule=rule, trust=2.0)
+        method.predict_through(WINDOWS, windows=3)
+        return sum(weights(method, [change(item["image"]) for item in discs(12, least=0.25, seed=1)])) / 12
+
+    assert weight(rule, lambda image: image) < 0.1
+    assert weight(None, lambda image: image) > 2 * weight(rule, lambda image: image)
+    assert weight(rule, dark) > 0.7
+
+
+def test_slices_stay_those_that_the_rule_was_learnt_from(source: nn.Module) -> None:
+    volumes = [{key: torch.stack([value] * 2, dim=-1) for key, value in item.items()} for item in discs(12)]
+    rule = learn_site_rule(source, volumes, inferer=SliceInferer(spatial_dim=2, roi_size=(24, 24)), sites=0)
+    method = SiteCorrection(source, rule=rule)
+    slices = SliceInferer(spatial_dim=2, roi_size=(24, 24))
+    for volume in volumes[:2]:  # MONAI's inferer changes its own sides at its first volume
+        assert AdaptiveInferer(method, slices)(volume["image"], source).shape == volume["label"].shape
 
 
 def test_learning_leaves_the_network_and_is_the_same_each_time(source: nn.Module, rule: SiteRule) -> None:

@@ -26,6 +26,11 @@ SOURCE_IMAGES = 10
 """Number of a site's images that weigh as much as a rule's source images where their spread is concerned."""
 
 
+def distances(mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how far statistics (B, C) are from the source's (C,): ``z`` and ``r`` of :class:`SiteStatistics`."""
+    return (mean - source_mean) / source_std, (std / source_std).log().clamp(-FARTHEST, FARTHEST)
+
+
 class SiteStatistics(nn.Module):
     """Running statistics of a site's images, and how much of their distance from the source is due to the site.
 
@@ -108,7 +113,7 @@ class SiteStatistics(nn.Module):
             source_mean: (C,).
             source_std: (C,), above 0.
         """
-        z, r = (mean - source_mean) / source_std, (std / source_std).log().clamp(-FARTHEST, FARTHEST)
+        z, r = distances(mean, std, source_mean, source_std)
         if self.rule is not None:
             z, r = self.rule.layers[name].appearance(z, r)
         seen = torch.stack([z, r, z.square(), r.square()]).mean(dim=1)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from monai.inferers import Inferer, SliceInferer, SlidingWindowInferer
+from monai.utils import ensure_tuple
 from torch import Tensor
 
 from mgipt_monai.utils.provenance import BesideWeights
@@ -77,6 +79,7 @@ class SiteRule(BesideWeights):
         trust: reciprocal of the evidence at which the source's weight becomes 0, above 0.
         images: number of source images.
         fingerprint: of the network's weights, see :func:`mgipt_monai.utils.provenance.fingerprint`.
+        window: sides of the windows that the network was shown; None for whole images.
         path: the file it was read from; None if it was not read from a file.
 
     Raises:
@@ -87,6 +90,7 @@ class SiteRule(BesideWeights):
     trust: float
     images: int
     fingerprint: str
+    window: tuple[int, ...] | None = None
     path: str | None = None
 
     kind: ClassVar[str] = "rule of site correction"
@@ -107,16 +111,20 @@ class SiteRule(BesideWeights):
             if layer.spread.shape != layer.center.shape or (layer.spread < 0).any():
                 raise ValueError(f"the rule's spread of {name} is not one number from 0 for each statistic")
         check_number("trust", self.trust, least=1e-6, most=1e6)
+        for side in self.window or ():
+            check_number("side of a window", side, least=-1, whole=True)
 
     def _content(self) -> dict[str, Any]:
         layers = {name: dict(vars(layer)) for name, layer in self.layers.items()}
-        return {"layers": layers, "trust": float(self.trust)}
+        window = {} if self.window is None else {"window": list(self.window)}
+        return {"layers": layers, "trust": float(self.trust), **window}
 
     @classmethod
     def _of(cls, content: Mapping[str, Any], path: str) -> SiteRule:
         check_keys("rule", content, {"trust"})
         layers = {name: _layer(name, layer) for name, layer in content["layers"].items()}
-        return cls(layers, content["trust"], content["images"], content["fingerprint"], path)
+        window = None if content.get("window") is None else tuple(content["window"])
+        return cls(layers, content["trust"], content["images"], content["fingerprint"], window, path)
 
     def check_layers(self, channels: Mapping[str, int]) -> None:
         """Raise ValueError unless the rule has each of these layers, with this number of channels."""
@@ -127,6 +135,30 @@ class SiteRule(BesideWeights):
                     f"the rule of site correction has {found} channels for {name}, which has {number}: "
                     f"learn it with {LEARN}"
                 )
+
+    def check_inferer(self, inferer: Inferer) -> None:
+        """Raise ValueError unless an inferer shows the network what the rule was learnt from."""
+        wanted = window_of(inferer)
+        if wanted != self.window:
+            raise ValueError(
+                f"{self.origin} was learnt from {_shown(self.window)}, and the {type(inferer).__name__} shows the "
+                f"network {_shown(wanted)}: learn one with learn_site_rule(..., inferer=...), or leave it out (in the "
+                "bundle: rule_path)"
+            )
+
+
+def window_of(inferer: Inferer) -> tuple[int, ...] | None:
+    """Return the sides of an inferer's windows or slices, None if it shows the network whole images."""
+    if not isinstance(inferer, SlidingWindowInferer):
+        return None
+    sides = list(ensure_tuple(inferer.roi_size))
+    if isinstance(inferer, SliceInferer) and len(sides) > 2:  # from its first volume on, with the axis it cuts along
+        del sides[inferer.spatial_dim]
+    return tuple(sides)
+
+
+def _shown(window: tuple[int, ...] | None) -> str:
+    return "whole images" if window is None else f"windows of {'x'.join(map(str, window))}"
 
 
 def _layer(name: str, layer: Any) -> LayerContent:
