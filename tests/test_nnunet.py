@@ -223,10 +223,11 @@ def test_what_does_not_fit_is_refused(model: Path, statistics: SourceStatistics,
         AdaptivePredictor(nnUNetPredictor(device=CPU))
     with pytest.raises(ValueError, match=r"no preset stedy \(did you mean steady"):
         AdaptivePredictor(initialised(model), "stedy")
-    with pytest.raises(ValueError, match="batch norm"):
-        AdaptivePredictor(initialised(model), "steady")
-    with pytest.raises(ValueError, match=r"measure them with `mgipt nnunet-calibrate`, and give --statistics$"):
-        AdaptivePredictor(initialised(model), "fast")
+    with pytest.raises(ValueError, match=r"measure at least 10 with `mgipt nnunet-calibrate`$"):
+        AdaptivePredictor(initialised(model), "steady", statistics)
+    for preset in ("fast", "steady"):
+        with pytest.raises(ValueError, match=r"measure them with `mgipt nnunet-calibrate`, and give --statistics$"):
+            AdaptivePredictor(initialised(model), preset)
     statistics.save(tmp_path / "fold_0.pt")
     with pytest.raises(ValueError, match="no source statistics of these weights"):
         AdaptivePredictor(initialised(model_folder(tmp_path / "model", folds=2)), "fast", tmp_path)
