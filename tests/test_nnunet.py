@@ -253,6 +253,21 @@ class Autocast(nnUNetPredictor):
             return super().predict_sliding_window_return_logits(input_image)
 
 
+def test_steady_corrects_a_case_and_leaves_those_like_the_source(model: Path) -> None:
+    plain = initialised(model)
+    own = AdaptivePredictor(plain, "source")
+    cases = [volume(seed) for seed in range(14)]
+    source = measure_source_statistics(own.network, [case[None] for case in cases[:12]], inferer=own.inferer.inferer)
+    adaptive = AdaptivePredictor(plain, "steady", source)
+    for case in cases[12:]:
+        expected = own.predict_logits_from_preprocessed_data(case)
+        assert torch.equal(adaptive.predict_logits_from_preprocessed_data(case), expected)
+    adaptive.method.reset()
+    found = adaptive.predict_logits_from_preprocessed_data(cases[12].exp())
+    assert adaptive.method.last[0]["adapted_weight"] > 0
+    assert not torch.equal(found, own.predict_logits_from_preprocessed_data(cases[12].exp()))
+
+
 def test_autocast_is_kept(model: Path, statistics: SourceStatistics) -> None:
     plain = Autocast(device=CPU, allow_tqdm=False, use_mirroring=False)
     plain.initialize_from_trained_model_folder(str(model), None)

@@ -144,7 +144,7 @@ def test_what_it_needs_is_checked_when_it_is_built(
     with pytest.raises(ValueError, match=r"old.pt lacks the look .* measure them again with `mgipt source-statistics"):
         SiteCorrection(network, statistics=tmp_path / "old.pt")
     few = measure_source_statistics(network, stream(9))
-    with pytest.raises(ValueError, match="of 9 source images, too few .* at least 10"):
+    with pytest.raises(ValueError, match=r"of 9 source images, too few .* at least 10"):
         SiteCorrection(network, statistics=few)
     rule = SiteRule.__new__(SiteRule)
     object.__setattr__(rule, "trust", 2.0)
