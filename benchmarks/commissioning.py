@@ -63,7 +63,7 @@ class Site:
             self.logits[base] = [logits[index] for index in range(len(self.cases))]
         return self.logits[base]
 
-    def values(self, logits: Sequence[Tensor], chosen: Sequence[int], metric: str = "dice") -> np.ndarray:
+    def values(self, logits: Sequence[Tensor], chosen: Sequence[int], metric: str) -> np.ndarray:
         """Return the metric of the chosen images, mean over classes."""
         cases = [self.cases[index] for index in chosen]
         scored = [
@@ -97,7 +97,8 @@ def drawn_once(site: Site, labelled: Sequence[int], rest: Sequence[int], setting
         result = commission(site.network, [site.cases[index] for index in labelled], head=site.head, **settings)
     finally:
         module.Trial = plain
-    before = site.values([site.logits[NOTHING][index] for index in rest], rest)
+    metric = settings["metric"]
+    before = site.values([site.logits[NOTHING][index] for index in rest], rest, metric)
     row = next(row for row in result.table if row.name == result.chosen)
     correction = Correction() if result.setting is None else result.setting.correction
     if correction.norms or correction.prompts:
@@ -108,7 +109,7 @@ def drawn_once(site: Site, labelled: Sequence[int], rest: Sequence[int], setting
             logits = [network(correction.to_image(site.cases[index]["image"][None])) for index in rest]
     else:
         logits = [site.logits[row.base][index] for index in rest]
-    gains = site.values([correction.to_logits(each) for each in logits], rest) - before
+    gains = site.values([correction.to_logits(each) for each in logits], rest, metric) - before
     return {
         "certified": result.certified,
         "chosen": result.chosen,
@@ -181,13 +182,14 @@ def main() -> None:
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES))
     parser.add_argument("--fallback", default="steady")
     parser.add_argument("--bound", default="student")
+    parser.add_argument("--metric", default="dice", choices=["dice", "surface_dice"], help="at 2 pixels")
     parser.add_argument("--most", type=int, default=0, help="of the other images, to measure at most; 0 means all")
     options = parser.parse_args()
     logging.getLogger("mgipt_monai").setLevel(logging.WARNING)
     rows = [json.loads(line) for line in options.results.read_text().splitlines()] if options.results.exists() else []
     if options.sites is not None:
         done = {(row["network"], row["site"], row["k"], row["draw"]) for row in rows}
-        settings = {"candidates": options.candidates, "fallback": options.fallback, "bound": options.bound}
+        settings = {key: getattr(options, key) for key in ("candidates", "fallback", "bound", "metric")}
         config = ConfigParser(ConfigParser.load_config_files([str(path) for path in (*CONFIGS, *options.configs)]))
         config.update({"bundle_root": str(ROOT / "bundle"), "dataset_dir": str(options.sites)})
         config.update({"ckpt_path": str(options.ckpt_path), "stream": "@found_images", "commission_mode": "new"})

@@ -11,6 +11,9 @@ change of the mean DSC of the latter, and of the first five of them, against the
 
     python benchmarks/poison.py --after 20 --sites SITES --names SITE --configs configs/fundus_odoc.yaml \\
       --ckpt_path WEIGHTS.pt
+
+``--orders M`` repeats that in M random orders of the site's images, each with a seed of its own, and prints the mean
+change with its 95 % interval. ``--clean`` compares streams without poison, with and without the memory of sites.
 """
 
 from __future__ import annotations
@@ -32,11 +35,13 @@ from monai.bundle import ConfigWorkflow
 from monai.data import create_test_image_2d
 from monai.metrics import compute_dice
 from PIL import Image
+from scipy import stats
 from torch.nn import functional
 
-from mgipt_monai import AdaptationMethod, RecordFile, StreamFailedError, find_stream
+from mgipt_monai import MGIPT, AdaptationMethod, RecordFile, StreamFailedError, find_stream
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
+from mgipt_monai.networks import InstancePrompt
 from mgipt_monai.stream.summary import image_means
 
 ROOT = Path(__file__).parents[1]
@@ -163,8 +168,10 @@ def adapt(stream: Sequence[Item], configs: Sequence[Path], **settings: Any) -> t
         read = transform(dict(item))
         return read["image"].as_tensor()[None], read["label"].as_tensor()[None]
 
-    for item in stream:
-        method(load(item)[0])
+    with only_learning(method):
+        for item in stream:
+            method(load(item)[0])
+    tune_once(method)
     return method, load
 
 
@@ -176,6 +183,36 @@ def dice(method: AdaptationMethod, load: Loader, stream: Sequence[Item]) -> np.n
         logits = functional.interpolate(method(image), size=label.shape[2:], mode="bilinear")
         found.append(100 * compute_dice((logits > 0).float(), label).nan_to_num(1.0).mean().item())
     return np.array(found)
+
+
+def tune_once(method: AdaptationMethod) -> None:
+    """Let MGIPT tune the instance prompt of each image once: it does not depend on the images before."""
+    mgipt = getattr(method, "method", method)  # guarded or not
+    if not isinstance(mgipt, MGIPT):
+        return
+    prompt, tune, known = mgipt.instance_prompt, mgipt.instance_prompt.tune, {}
+
+    def remembered(image: torch.Tensor, *functions: Any) -> Any:
+        key = (image.numpy().tobytes(), method.images_seen)
+        if key not in known:
+            known[key] = tune(image, *functions), prompt.amplitude
+        found, prompt.amplitude = known[key]
+        return found
+
+    prompt.tune = remembered
+
+
+@contextlib.contextmanager
+def only_learning(method: AdaptationMethod) -> Iterator[None]:
+    """Leave out the instance prompts, from which nothing is learnt; a guard needs them."""
+    if not isinstance(method, MGIPT):
+        yield
+        return
+    prompt, method.instance_prompt = method.instance_prompt, InstancePrompt(sizes=())
+    try:
+        yield
+    finally:
+        method.instance_prompt = prompt
 
 
 def after(
@@ -202,9 +239,10 @@ def after(
     clean = dice(method, load, good[half:])
     for kind in kinds:
         method.load_adaptation_state(copy.deepcopy(state))
-        for item in attack(kind, rest, folder, size, organs):
-            with contextlib.suppress(ValueError):  # refused
-                method(load(item)[0])
+        with only_learning(method):
+            for item in attack(kind, rest, folder, size, organs):
+                with contextlib.suppress(ValueError):  # refused
+                    method(load(item)[0])
         # the place in the stream seeds the jitter: what differs then is the attack's doing alone
         method.images_seen = half
         yield kind, float(clean.mean()), dice(method, load, good[half:]) - clean
@@ -245,30 +283,74 @@ def row(kind: str, guard: bool, records: Sequence[dict[str, Any]], clean: dict[s
     )
 
 
+def clean(stream: Sequence[Item], configs: Sequence[Path], **settings: Any) -> Iterator[tuple[str, float, np.ndarray]]:
+    """Yield the number of images, the mean DSC without the memory of sites, and the change of each image with it."""
+    method, load = adapt([], configs, **settings)
+    remembering = getattr(method, "method", method)
+    with_memory = dice(method, load, stream)
+    remembering.memory = None
+    method.reset()
+    without = dice(method, load, stream)
+    yield str(len(stream)), float(without.mean()), with_memory - without
+
+
+def interval(values: Sequence[float]) -> str:
+    """Return the mean of several orders with its 95 % interval (Student's), or the only value."""
+    mean = np.mean(values)
+    if len(values) == 1:
+        return f"{mean:+.2f}"
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+
+
+def orders(items: Sequence[Item], count: int | None) -> Iterator[tuple[Sequence[Item], dict[str, Any]]]:
+    """Yield the items in random orders with the bundle's seed; without a count, as they are."""
+    if count is None:
+        yield items, {}
+        return
+    for order in range(count):
+        yield [items[i] for i in np.random.default_rng(order).permutation(len(items))], {"seed": order}
+
+
 def print_after(
     options: argparse.Namespace, sites: str | Path, names: Sequence[str] | None, folder: Path, organs: Sequence[str],
     settings: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Print the table of ``--after``."""
-    print("| preset | site | attack | DSC without | change | first five | worst image |")
-    print("|---|---|---|--:|--:|--:|--:|")
+    """Print the table of ``--after`` or ``--clean``."""
+    if options.clean:
+        print("| preset | site | images | DSC without memory | change with it | worst image |")
+        print("|---|---|--:|--:|--:|--:|")
+    else:
+        print("| preset | site | attack | DSC without | change | first five | worst image |")
+        print("|---|---|---|--:|--:|--:|--:|")
     if options.no_memory:
         settings = {**settings, "memory": None}
     stream = find_stream(sites, sites=names, labelled=True)
     for preset, site in itertools.product(options.presets, dict.fromkeys(item["site"] for item in stream)):
-        # every third image, so that the images come from all of the site
         items = [item for item in stream if item["site"] == site]
-        good, rest = items[::3][: 2 * options.after], items[1::3]
-        (folder / preset / site).mkdir(parents=True)
         configs = [*CONFIGS, *options.configs, *PRESETS[preset]]
-        for kind, clean, change in after(
-            good, rest, options.attacks, folder / preset / site, organs, configs, **settings
-        ):
-            print(
-                f"| {preset} | {site} | {kind} | {clean:.2f} | {change.mean():+.2f} | {change[:5].mean():+.2f} "
-                f"| {change.min():+.2f} |",
-                flush=True,
-            )
+        found: dict[str, list[tuple[float, np.ndarray]]] = {}
+        for number, (ordered, seed) in enumerate(orders(items, options.orders)):
+            place = folder / preset / site / str(number)
+            place.mkdir(parents=True)
+            if options.clean:
+                results = clean(ordered[: options.clean], configs, **settings, **seed)
+            elif options.orders is None:
+                # every third image, so that the images come from all of the site
+                good, rest = ordered[::3][: 2 * options.after], ordered[1::3]
+                results = after(good, rest, options.attacks, place, organs, configs, **settings)
+            else:
+                half = min(options.after, len(ordered) // 3)
+                good, rest = ordered[: 2 * half], ordered[2 * half :]
+                results = after(good, rest, options.attacks, place, organs, configs, **settings, **seed)
+            for kind, dsc, change in results:
+                found.setdefault(kind, []).append((dsc, change))
+        for kind, pairs in found.items():
+            changes = [change for _, change in pairs]
+            mean, first = (interval([c[part].mean() for c in changes]) for part in (slice(None), slice(5)))
+            row = [preset, site, kind, f"{np.mean([dsc for dsc, _ in pairs]):.2f}", mean]
+            worst = f"{min(c.min() for c in changes):+.2f}"
+            print("|", " | ".join([*row, worst] if options.clean else [*row, first, worst]), "|", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -282,6 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--after", type=int, help="measure this number of good images after an attack")
     parser.add_argument("--attacks", default=",".join(ATTACKS), help="comma-separated attacks (default %(default)s)")
     parser.add_argument("--presets", default=",".join(PRESETS), help="comma-separated presets (default %(default)s)")
+    parser.add_argument("--orders", type=int, help="with --after or --clean: number of random orders of each site")
+    parser.add_argument("--clean", type=int, help="compare this number of good images with and without the memory")
     parser.add_argument("--no_memory", action="store_true", help="with --after: without the memory of sites")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--repeats", type=int, default=500, help="copies of the repeated image (default %(default)s)")
@@ -307,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 sites, [CAMERAS[n] for n in ("low_contrast", "warm_vignetted", "cold_noisy")], options.limit
             )
         names = options.names.split(",") if options.names else None
-        if options.after:
+        if options.after or options.clean:
             print_after(options, sites, names, folder, organs, settings)
             return
         good = find_stream(sites, sites=names, labelled=True, limit=options.limit)

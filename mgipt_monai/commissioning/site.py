@@ -250,6 +250,8 @@ def _overlay(result: Commissioning, folder: Path, kind: str) -> str:
             "method": "@site_base",
             "site": f"$@site_dir + '/{SETTING}'",
             "head": head,
+            # a run that was killed between the two files, or a file of another site, does not pass unnoticed
+            "correction": result.setting.correction.digest[:12],
         }
     if over_bundle and result.quality_calibration is not None:
         config["quality_calibration"] = [[round(number, 4) for number in line] for line in result.quality_calibration]

@@ -92,11 +92,12 @@ class Commissioned(WrappedMethod):
         site: what :func:`mgipt_monai.commission` found, or the path of the file with it.
         head: how logits become masks, for the monitored areas.
         false_alarms: probability that the monitor ever raises an alarm although nothing has changed, in (0, 1).
+        correction: first digits of the digest of the correction that ``site`` must have; None accepts any.
 
     Raises:
         TypeError: if ``method`` is not an adaptation method, or is itself commissioned.
-        ValueError: at construction, if the method has other settings than the one that was commissioned; at the first
-            image, if the network has other weights.
+        ValueError: at construction, if the method has other settings than the one that was commissioned, or ``site``
+            has another correction; at the first image, if the network has other weights.
 
     Example:
         >>> from mgipt_monai import Source
@@ -114,6 +115,7 @@ class Commissioned(WrappedMethod):
         site: SiteSetting | str | os.PathLike[str],
         head: Head = "sigmoid",
         false_alarms: float = 0.05,
+        correction: str | None = None,
     ) -> None:
         if isinstance(method, Commissioned):
             raise TypeError("method is already commissioned: pass the method inside it")
@@ -124,6 +126,11 @@ class Commissioned(WrappedMethod):
             raise ValueError(
                 f"the site was commissioned with the method {dict(self._site.method)}, this is {method.settings()}: "
                 "use the overlay that commissioning wrote, or commission the site again"
+            )
+        if correction is not None and not self._site.correction.digest.startswith(correction):
+            raise ValueError(
+                f"the site's file has the correction {self._site.correction.digest[:12]}, its overlay was written for "
+                f"{correction}: commission the site again, which writes both"
             )
         self._head: Head = head
         self.false_alarms = false_alarms

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,30 @@ def test_the_benchmark_measures_good_images_after_an_attack(
     for row in rows:
         assert 0 < float(row[3]) <= 100
         assert float(row[4]) == float(row[5]) == float(row[6])  # of a single image
+    # in two random orders, each value has its interval
+    poison.main([*options, "--orders", "2", "--attacks", "alternate"])
+    (row,) = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| steady")]
+    assert re.fullmatch(r"\S+ \[\S+, \S+\]", row[4].strip())
+    # without an attack, with and without the memory: three images are one site, so that nothing changes
+    poison.main([*options[2:], "--clean", "3"])
+    (row,) = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| steady")]
+    assert float(row[4]) == 0
     with pytest.raises(SystemExit):
         poison.main(["--after", "1", "--attacks", "other"])
+
+
+def test_the_benchmark_may_leave_out_what_nothing_is_learnt_from() -> None:
+    whole, learning = mgipt(), mgipt()
+    poison.tune_once(whole)
+    for image in GOOD[:3]:
+        logits = whole(image)
+        whole.images_seen -= 1
+        whole.load_adaptation_state(learning.adaptation_state())
+        torch.testing.assert_close(whole(image), logits)  # from the prompt that was tuned before
+        with poison.only_learning(learning):
+            learning(image)
+        for name, teacher in enumerate(whole.adaptation_state()["teachers"]):
+            torch.testing.assert_close(learning.adaptation_state()["teachers"][name], teacher)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from mgipt_monai.cli import main
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_site
 from mgipt_monai.methods import Commissioned, SiteSetting
+from mgipt_monai.utils.files import load_state, save_state
 from tests.bundle.conftest import CONFIGS, ROOT, run_bundle
 
 COMMISSION = [CONFIGS / f"{name}.yaml" for name in ("inference", "evaluate", "commission")]
@@ -112,6 +113,20 @@ def test_deployed_masks_are_those_of_the_method_in_python(site: Path, photograph
         masks = (method(item["image"][None])[0] > 0).numpy()
         drawn = np.where(masks[1], 2, np.where(masks[0], 1, 0))
         assert np.array_equal(np.asarray(Image.open(tmp_path / "masks" / f"{item['name']}.png")), drawn.T.T)
+
+
+def test_overlay_takes_no_other_setting(site: Path, photographs: Path, tmp_path: Path, capsys: Any) -> None:
+    # as a run leaves it that was killed between the two files
+    other = shutil.copytree(site, tmp_path / "site")
+    content = load_state(other / "site.pt", "setting")
+    content["correction"]["offset"] += 1
+    save_state(content, other / "site.pt", sealed=True)
+    (other / "site.yaml").write_text((other / "site.yaml").read_text().replace(str(site), str(other)))
+    images = photographs / "low_contrast" / "images"
+    with pytest.raises(SystemExit):
+        mgipt("predict", images, tmp_path / "masks", "--config", other / "site.yaml", spatial_size="[64,64]")
+    assert "its overlay was written for" in capsys.readouterr().err.splitlines()[-1]
+    assert not list((tmp_path / "masks").glob("*.png"))
 
 
 def test_interrupted_stream_of_a_site_goes_on_alike(site: Path, photographs: Path, tmp_path: Path) -> None:
