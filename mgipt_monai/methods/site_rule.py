@@ -200,7 +200,9 @@ class _Statistics(SiteStatistics):
         for name, latest in self._latest.items():
             self.seen.setdefault(name, []).append(latest[:2].flatten().cpu())
 
-    def correct(self, name: str, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
+    def correct(
+        self, name: str, source_mean: Tensor, source_std: Tensor, source_spread: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the source's."""
         return source_mean, source_std
 
