@@ -223,10 +223,11 @@ def test_what_does_not_fit_is_refused(model: Path, statistics: SourceStatistics,
         AdaptivePredictor(nnUNetPredictor(device=CPU))
     with pytest.raises(ValueError, match=r"no preset stedy \(did you mean steady"):
         AdaptivePredictor(initialised(model), "stedy")
-    with pytest.raises(ValueError, match="batch norm"):
-        AdaptivePredictor(initialised(model), "steady")
-    with pytest.raises(ValueError, match=r"measure them with `mgipt nnunet-calibrate`, and give --statistics$"):
-        AdaptivePredictor(initialised(model), "fast")
+    with pytest.raises(ValueError, match=r"measure at least 10 with `mgipt nnunet-calibrate`$"):
+        AdaptivePredictor(initialised(model), "steady", statistics)
+    for preset in ("fast", "steady"):
+        with pytest.raises(ValueError, match=r"measure them with `mgipt nnunet-calibrate`, and give --statistics$"):
+            AdaptivePredictor(initialised(model), preset)
     statistics.save(tmp_path / "fold_0.pt")
     with pytest.raises(ValueError, match="no source statistics of these weights"):
         AdaptivePredictor(initialised(model_folder(tmp_path / "model", folds=2)), "fast", tmp_path)
@@ -250,6 +251,21 @@ class Autocast(nnUNetPredictor):
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return super().predict_sliding_window_return_logits(input_image)
+
+
+def test_steady_corrects_a_case_and_leaves_those_like_the_source(model: Path) -> None:
+    plain = initialised(model)
+    own = AdaptivePredictor(plain, "source")
+    cases = [volume(seed) for seed in range(14)]
+    source = measure_source_statistics(own.network, [case[None] for case in cases[:12]], inferer=own.inferer.inferer)
+    adaptive = AdaptivePredictor(plain, "steady", source)
+    for case in cases[12:]:
+        expected = own.predict_logits_from_preprocessed_data(case)
+        assert torch.equal(adaptive.predict_logits_from_preprocessed_data(case), expected)
+    adaptive.method.reset()
+    found = adaptive.predict_logits_from_preprocessed_data(cases[12].exp())
+    assert adaptive.method.last[0]["adapted_weight"] > 0
+    assert not torch.equal(found, own.predict_logits_from_preprocessed_data(cases[12].exp()))
 
 
 def test_autocast_is_kept(model: Path, statistics: SourceStatistics) -> None:

@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 BASES: dict[str, dict[str, Any]] = {
     "none": {"_target_": "mgipt_monai.Source"},
-    "steady": {"_target_": "mgipt_monai.SiteCorrection", "head": "@head"},
+    "steady": {"_target_": "mgipt_monai.SiteCorrection", "head": "@head", "statistics": "@statistics_path"},
     "fast": {
         "_target_": "mgipt_monai.MGIPT",
         "instance_sizes": [1],

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Site correction: normalise with the site's statistics instead of one image's, weighted by the evidence."""
+"""Site correction: show the network its source's look instead of the site's, weighted by the evidence."""
 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 from mgipt_monai.methods.base import Prediction
 from mgipt_monai.methods.site_memory import Remembering, SiteMemory
 from mgipt_monai.networks.alignment import AlignedNorms
-from mgipt_monai.networks.alignment.layers import NEEDS_BATCH_NORM, find_norm_layers, stored_statistics
+from mgipt_monai.networks.alignment.layers import (
+    MEASURE,
+    find_norm_layers,
+    has_stored_statistics,
+    stored_statistics,
+)
 from mgipt_monai.networks.alignment.site import SiteNorms, SiteStatistics
 from mgipt_monai.networks.alignment.site_rule import SiteRule, read_rule
+from mgipt_monai.networks.alignment.source_statistics import SourceStatistics, read_statistics
 from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.ensemble import disagreement, disagreement_map, slabs
+from mgipt_monai.networks.look import FEWEST_IMAGES, SiteLook
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.state_checks import check_keys
 
@@ -29,39 +37,53 @@ IMAGE_SHARE = 0.2
 """Weight of the image's own statistics in the third prediction."""
 TRUST = 2.5
 """Trust in the evidence where no rule was learnt for the network."""
+TRUST_OF_LOOK = 1.0
+"""Trust in the evidence of a network without batch norm."""
 
 
 class SiteCorrection(Remembering):
-    """Normalisation with statistics of the site (Eq. 6, with the site in the image's place), weighted by the evidence.
+    """Correction of what a site's images have in common, weighted by the evidence that it differs from the source.
 
-    The logits of three predictions are fused: the source's, one corrected to the site (:class:`SiteStatistics`), and
+    With batch norm the network normalises with statistics of the site (Eq. 6, with the site in the image's place). The
+    logits of three predictions are fused: the source's, one corrected to the site (:class:`SiteStatistics`), and
     one corrected to the site and, with a small weight, to the image. The latter two share the weight
     ``min(1, (trust * evidence) ** 2)``; the source has the rest. The evidence measures how much of the images' distance
     from the source is due to the site, so a site similar to the source is predicted as without adaptation. There are no
     prompts and no gradients, and no weight changes. Cost: 3 F.
 
+    Without batch norm, and with ``statistics``, the image is corrected: its tone and its lowest amplitudes, as far as
+    the site's differ from the source's by more than source images do (:class:`SiteLook`). Two predictions are fused,
+    the source's and that of the corrected image. The latter's weight is the evidence, ``min(1, trust * evidence)``.
+    Cost: 2 F, or 1 F where there is nothing to correct.
+
     A rule learnt from the network's own labelled source images (:func:`learn_site_rule`) tells which part of the
     distance is content, and how far the evidence may be trusted.
 
     Keeps between images four averages per channel of each norm layer, over the latest images of a few sites: means and
-    deviations of the features and their squares, without spatial information.
+    deviations of the features and their squares, without spatial information. Without batch norm these are averages of
+    the 17 quantiles and the amplitudes of each image channel.
 
     Args:
-        network: the source network, with batch norm that stores its statistics.
+        network: the source network, with batch norm that stores its statistics, or any other with ``statistics``.
         site: None uses :class:`SiteStatistics` with its defaults.
         memory: keeps the statistics of several sites apart, so that images from elsewhere do not spoil them:
             ``default``, a :class:`SiteMemory` with other settings, or None to average all images alike.
         rule: result of :func:`learn_site_rule`, or its file; None takes the images' distances whole.
         trust: reciprocal of the evidence at which the source's weight becomes 0, above 0; None is the rule's, or 2.5
-            without one.
+            without one; without batch norm the factor of the evidence, 1 for None.
         image_share: weight of the image's own statistics in the third prediction, in [0, 1].
-        aligned_layers: regular expression on the names of the norm layers to correct; None corrects all.
+        statistics: of at least 10 source images, with their look, for a network without batch norm: a statistics file
+            or its content, see :func:`measure_source_statistics`. They must belong to the network's weights. Not used
+            with batch norm.
+        aligned_layers: regular expression on the names of the norm layers to correct; None corrects all. Without batch
+            norm they only tell sites apart.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
         output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
     Raises:
-        ValueError: at construction, for a setting out of range, a network without usable norm layers, or a rule that
-            lacks one of them; at the first image, for a rule that was learnt with other weights.
+        ValueError: at construction, for a setting out of range, a network without batch norm and without statistics,
+            statistics without a look or of too few images, or a rule that lacks a norm layer; at the first image, for
+            a rule or statistics of other weights.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
@@ -75,6 +97,7 @@ class SiteCorrection(Remembering):
     has_uncertainty = True
     norms: SiteNorms
     _is_checked: bool
+    _look: SiteLook | None
 
     def __init__(
         self,
@@ -85,11 +108,16 @@ class SiteCorrection(Remembering):
         rule: SiteRule | str | os.PathLike[str] | None = None,
         trust: float | None = None,
         image_share: float = IMAGE_SHARE,
+        statistics: SourceStatistics | str | os.PathLike[str] | None = None,
         aligned_layers: str | None = None,
         head: Head = "sigmoid",
         output: Output | None = None,
     ) -> None:
-        self.rule = read_rule(rule)
+        self.rule, self.statistics = read_rule(rule), None
+        if not any(map(has_stored_statistics, network.modules())):
+            self.statistics = read_statistics(statistics)
+        if trust is None and self.statistics is not None:
+            trust = TRUST_OF_LOOK
         if trust is None:
             trust = TRUST if self.rule is None else self.rule.trust
         if not 0 < trust < float("inf"):
@@ -107,6 +135,8 @@ class SiteCorrection(Remembering):
         if self.rule is not None and not self._is_checked:  # not for each image, since it reads all of the weights
             self.rule.check(self.network)
             self._is_checked = True
+        if self._look is not None:
+            return self._correct_image(image, self._look)
         norms, site = self.norms, self.site
         norms.start(image)
         site.begin()
@@ -129,6 +159,23 @@ class SiteCorrection(Remembering):
             views = torch.cat([source, corrected, self._own(image)])
             fused = _fuse(views, weight)
             uncertainty, mean = disagreement(views, self.head)
+        site.end()
+        record = {"evidence": evidence, "adapted_weight": weight, "disagreement": mean}
+        return Prediction(fused, {**record, **self._cost()}, uncertainty, source)
+
+    def _correct_image(self, image: Tensor, look: SiteLook) -> Prediction:
+        """Predict an image as it is and with the source's look; both as a whole or in windows."""
+        norms, site = self.norms, self.site
+        norms.start(image)
+        site.begin()
+        with norms.signing() if isinstance(self.route.inferer, SimpleInferer) else nullcontext():
+            source = norms.predict(image)
+        self._visit(image)
+        corrected, evidence = look.correct(image, site)
+        weight = min(1.0, self.trust * evidence)
+        views = torch.cat([source, source if corrected is image else norms.predict(corrected)])
+        fused = torch.lerp(source, views[1:], weight)
+        uncertainty, mean = disagreement(views, self.head)
         site.end()
         record = {"evidence": evidence, "adapted_weight": weight, "disagreement": mean}
         return Prediction(fused, {**record, **self._cost()}, uncertainty, source)
@@ -204,11 +251,32 @@ class SiteCorrection(Remembering):
         return {"forwards": self.norms.forwards, "backwards": 0}
 
     def _bound(self) -> None:
-        layers = find_norm_layers(self.network, self.aligned_layers, NEEDS_BATCH_NORM)
+        self._is_checked, self._look = False, None
+        if self.statistics is not None:
+            self._look = self._look_of(self.statistics)
+        else:
+            layers = find_norm_layers(self.network, self.aligned_layers)
+            if self.rule is not None:
+                self.rule.check_layers({name: len(stored_statistics(layer)[0]) for name, layer in layers.items()})
+        self.norms = SiteNorms(self.network, self.aligned_layers, statistics=self.statistics, route=self.route)
+
+    def _look_of(self, statistics: SourceStatistics) -> SiteLook:
         if self.rule is not None:
-            self.rule.check_layers({name: len(stored_statistics(layer)[0]) for name, layer in layers.items()})
-        self._is_checked = False
-        self.norms = SiteNorms(self.network, self.aligned_layers, route=self.route)
+            raise ValueError(
+                f"a rule of site correction needs batch norm, which {type(self.network).__name__} does not have: "
+                "leave it out (in the bundle: rule_path)"
+            )
+        if statistics.look is None:
+            raise ValueError(
+                f"{statistics.origin} lacks the look of the source images, as files of earlier versions do and those "
+                f"of images smaller than 5 pixels: measure them again with {MEASURE}"
+            )
+        if statistics.images < FEWEST_IMAGES:
+            raise ValueError(
+                f"{statistics.origin} is of {statistics.images} source images, too few to know what these vary in: "
+                f"measure at least {FEWEST_IMAGES} with {MEASURE}"
+            )
+        return SiteLook(statistics.look)
 
     def _reset(self) -> None:
         super()._reset()
@@ -219,7 +287,10 @@ class SiteCorrection(Remembering):
 
     def _load_learnt(self, learnt: dict[str, Any]) -> None:
         check_keys("state", learnt, {"site"})
-        channels = {name: len(self.norms.stored(name)[0]) for name in self.norms.layers}
+        if self._look is None:
+            channels = {name: len(self.norms.stored(name)[0]) for name in self.norms.layers}
+        else:
+            channels = self._look.numbers
         self.site.load_adaptation_state(learnt["site"], channels)
 
 

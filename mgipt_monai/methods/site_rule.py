@@ -209,7 +209,9 @@ class _Statistics(SiteStatistics):
         seen = torch.cat(distances(mean, std, source_mean, source_std), dim=1)
         self.seen.setdefault(name, []).append(seen.cpu())
 
-    def correct(self, name: str, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
+    def correct(
+        self, name: str, source_mean: Tensor, source_std: Tensor, source_spread: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the source's."""
         return source_mean, source_std
 

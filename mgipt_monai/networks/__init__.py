@@ -22,6 +22,7 @@ from .alignment import (
     measure_source_statistics,
 )
 from .ensemble import ConfidenceEnsemble, MeanEnsemble, disagreement
+from .look import SiteLook, SourceLook
 from .nets import BoundaryWeightedLoss, PraNet, ResUNet
 from .prompts import (
     FrequencyPrompt,
@@ -51,9 +52,11 @@ __all__ = [
     "PhotometricJitter",
     "PraNet",
     "ResUNet",
+    "SiteLook",
     "SiteNorms",
     "SiteRule",
     "SiteStatistics",
+    "SourceLook",
     "SourceStatistics",
     "alignment_loss",
     "calibrate",

@@ -19,7 +19,7 @@ from mgipt_monai.inferers import AdaptiveInferer
 from mgipt_monai.installed import find_config, installed, near, presets
 from mgipt_monai.methods.base import AdaptationMethod
 from mgipt_monai.networks.alignment import SourceStatistics
-from mgipt_monai.networks.alignment.layers import GIVE_A_FILE
+from mgipt_monai.networks.alignment.layers import GIVE_A_FILE, MEASURE
 from mgipt_monai.networks.prompts.early_stop import Head
 from mgipt_monai.nnunet.folds import FoldEnsemble
 from mgipt_monai.nnunet.sliding_window import NnunetSlices, NnunetWindows
@@ -194,7 +194,7 @@ def preset_maker(name: str, configs: Sequence[str | os.PathLike[str]] = ()) -> M
             method = parser.get_parsed_content("method")
         except RuntimeError as error:  # of MONAI, around the method's own
             measure = "measure them with `mgipt nnunet-calibrate`, and give --statistics"
-            cause = root_cause(error).replace(GIVE_A_FILE, measure)
+            cause = root_cause(error).replace(GIVE_A_FILE, measure).replace(MEASURE, "`mgipt nnunet-calibrate`")
             raise ValueError(f"the preset {name} does not fit this network: {cause}") from error
         assert isinstance(method, AdaptationMethod)
         return method

@@ -12,8 +12,9 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import UNet
 from PIL import Image
 
-from mgipt_monai import RecordFile, SourceStatistics
+from mgipt_monai import RecordFile, SourceStatistics, measure_source_statistics
 from tests.bundle.conftest import BUNDLE, CONFIGS, QUICK, run_bundle
+from tests.conftest import stream
 
 INFERENCE, MEASURE = CONFIGS / "inference.yaml", CONFIGS / "source_statistics.yaml"
 NETWORK = {"network_def#norm": "instance", "network_def#channels": "[4,8,16,16,16]"}
@@ -45,6 +46,21 @@ def test_calibrated_network_without_batch_norm_is_adapted(tmp_path: Path, weight
     overlay = "configs/methods/vptta.yaml"
     run_bundle([INFERENCE, overlay], output_dir=tmp_path / "vptta", spatial_size="[64,64]", **sites, **settings)
     assert [row["memory"] for row in RecordFile(tmp_path / "vptta" / "records.jsonl").read()] == [1, 2]
+
+
+def test_the_preset_steady_corrects_the_look_of_the_site(tmp_path: Path, weights: Path, demo_sites: Path) -> None:
+    network = UNet(2, 3, 2, (4, 8, 16, 16, 16), (2, 2, 2, 2), num_res_units=2, norm="instance")
+    network.load_state_dict(torch.load(weights, weights_only=True))
+    path = tmp_path / "statistics.pt"
+    measure_source_statistics(network, stream(12, size=64)).save(path)
+    run_bundle(
+        [INFERENCE, CONFIGS.parents[1] / "configs" / "presets" / "steady.yaml"], output_dir=tmp_path / "steady",
+        dataset_dir=demo_sites, sites="['warm_vignetted']", limit=2, spatial_size="[64,64]", ckpt_path=weights,
+        statistics_path=path, **NETWORK,
+    )  # fmt: skip
+    rows = RecordFile(tmp_path / "steady" / "records.jsonl").read()
+    assert [(row["status"], row["forwards"]) for row in rows] == [("ok", 2), ("ok", 2)]
+    assert all(0 < row["adapted_weight"] == row["evidence"] < 1 for row in rows)
 
 
 def test_without_a_file_the_error_says_how_to_make_one(tmp_path: Path, weights: Path, demo_sites: Path) -> None:

@@ -182,7 +182,9 @@ def test_file_round_trip(tmp_path: Path) -> None:
     assert same(loaded, statistics)
     loaded.check(network)
     assert list(path.parent.iterdir()) == [path]
-    assert set(torch.load(path, weights_only=True)) == {"version", "images", "fingerprint", "layers"}
+    assert set(torch.load(path, weights_only=True)) == {"version", "images", "fingerprint", "layers", "look"}
+    assert identical(loaded.look.content()["tone"], statistics.look.content()["tone"])
+    assert loaded.digest == statistics.digest
 
 
 def test_other_weights_are_refused_with_the_command_that_helps() -> None:

@@ -9,7 +9,7 @@ number of each per sample and channel.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +145,9 @@ def normalize(x: Tensor, layer: nn.Module, mean: Tensor, variance: Tensor) -> Te
         >>> torch.allclose(normalize(x, layer, mean, std.square()), align(x, layer, lambda *_: None)[0], atol=1e-5)
         True
     """
-    scale, shift = _scale_and_shift(mean, torch.rsqrt(variance + layer.eps), layer.weight, layer.bias)
+    numbers = (layer.eps, layer.weight, layer.bias)
+    eps, weight, bias = cast("tuple[float, Tensor | None, Tensor | None]", numbers)
+    scale, shift = _scale_and_shift(mean, torch.rsqrt(variance + eps), weight, bias)
     if not x.is_contiguous():  # with the channels innermost
         return torch.addcmul(_over_space(shift, x), x, _over_space(scale, x)).to(x.dtype)
     # torch's batch norm is one pass; each sample's channel is a channel of its own

@@ -34,8 +34,8 @@ GIVE_A_FILE = (
 )
 
 NEEDS_BATCH_NORM = (
-    "this method needs batch norm (norm='batch', track_running_stats=True); MGIPT with a statistics file adapts "
-    "networks without it"
+    "this method needs batch norm (norm='batch', track_running_stats=True); with a statistics file, MGIPT and the "
+    "preset steady adapt networks without it"
 )
 
 

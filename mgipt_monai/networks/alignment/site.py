@@ -98,10 +98,11 @@ class SiteStatistics(nn.Module):
         self._observed: dict[str, int] = {}
         self._shares: dict[str, Tensor] = {}
         self._corrected: dict[str, tuple[Tensor, Tensor]] = {}
+        self._beyond: dict[str, Tensor] = {}
 
     def begin(self) -> None:
         """Start an image; an image that was started before without :meth:`end` is discarded."""
-        self._latest, self._observed, self._shares, self._corrected = {}, {}, {}, {}
+        self._latest, self._observed, self._shares, self._corrected, self._beyond = {}, {}, {}, {}, {}
 
     def observe(self, name: str, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> None:
         """Add a layer's input statistics of the current image, for the whole image or some of its windows.
@@ -122,13 +123,17 @@ class SiteStatistics(nn.Module):
         self._latest[name] = torch.lerp(self._latest[name], seen, len(mean) / count) if before else seen
         self._corrected.pop(name, None)
 
-    def correct(self, name: str, source_mean: Tensor, source_std: Tensor) -> tuple[Tensor, Tensor]:
+    def correct(
+        self, name: str, source_mean: Tensor, source_std: Tensor, source_spread: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return the mean and deviation of a layer's input at the site, moved from the source's by the layer's share.
 
         Args:
             name: the layer's name; it must have been observed for the current image.
             source_mean: (C,).
             source_std: (C,), above 0.
+            source_spread: squared spread of the source's images in z and r, (2, C) or (2, 1), which counts beside the
+                site's own; None takes the rule's, if there is one.
 
         Returns:
             Mean and deviation to normalise with, each (C,).
@@ -140,14 +145,16 @@ class SiteStatistics(nn.Module):
         seen = self._count + 1
         # an exponential average is worth that many images; a single image has no spread
         effective = min(seen, 2 * self.horizon - 1)
-        if self.rule is not None:  # the site's own spread counts for more with each image
+        if source_spread is None and self.rule is not None:
             source_spread = self.rule.layers[name].spread.to(spread).view_as(spread)
+        if source_spread is not None:  # the site's own counts for more with each image
             spread = (SOURCE_IMAGES * source_spread + effective * spread) / (SOURCE_IMAGES + effective - 1)
         elif effective > 1:
             spread = spread * effective / (effective - 1)
         square = (shift.square() - spread / effective).mean().clamp(min=0)
         share = square / (square + spread.mean()).clamp(min=1e-12) * seen / (seen + self.caution)
         self._shares[name] = share
+        self._beyond[name] = (1 - spread.mean() / square.clamp(min=1e-12)).clamp(min=0)
         z, r = share * shift
         self._corrected[name] = source_mean + source_std * z, source_std * r.exp()
         return self._corrected[name]
@@ -157,6 +164,14 @@ class SiteStatistics(nn.Module):
         if name not in self._averages:
             return latest
         return torch.lerp(self._averages[name].to(latest.device), latest, max(1 / (self._count + 1), 1 / self.horizon))
+
+    def shift(self, name: str) -> Tensor:
+        """Return the average distance z of a layer's means from the source's, (C,), with the current image's."""
+        return self._with_latest(name)[0]
+
+    def beyond(self, name: str) -> float:
+        """Return how much of a layer's squared shift is beyond the spread, ``1 - spread^2 / shift^2``, at least 0."""
+        return self._beyond[name].item()
 
     @property
     def evidence(self) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mgipt_monai.networks.alignment.fused import instance_statistics
 from mgipt_monai.networks.alignment.layers import MEASURE, evaluating, find_measurable_layers, layer_features
 from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, in_precision_of
+from mgipt_monai.networks.look import RunningLook, SourceLook
 from mgipt_monai.utils.files import file_names
 from mgipt_monai.utils.provenance import BesideWeights, fingerprint
 
@@ -49,6 +50,8 @@ class SourceStatistics(BesideWeights):
         images: number of source images.
         fingerprint: of the weights they were measured with, see :func:`mgipt_monai.utils.provenance.fingerprint`.
         path: the file they were read from; None if they were not read from a file.
+        look: the images' tone and lowest amplitudes, which site correction needs in networks without batch norm; None
+            in files of earlier versions, and where an image is smaller than 5 pixels.
 
     Raises:
         ValueError: at construction, for statistics that are not finite 32-bit numbers, one per channel, or negative
@@ -59,6 +62,7 @@ class SourceStatistics(BesideWeights):
     images: int
     fingerprint: str
     path: str | None = None
+    look: SourceLook | None = None
 
     kind: ClassVar[str] = "statistics file"
     made_with: ClassVar[str] = MEASURE
@@ -69,13 +73,15 @@ class SourceStatistics(BesideWeights):
             _check_layer(name, layer.mean, layer.std)
 
     def _content(self) -> dict[str, Any]:
-        return {"layers": {name: vars(layer) for name, layer in self.layers.items()}}
+        look = {} if self.look is None else {"look": self.look.content()}
+        return {"layers": {name: vars(layer) for name, layer in self.layers.items()}, **look}
 
     @classmethod
     def _of(cls, content: Mapping[str, Any], path: str) -> SourceStatistics:
         # files of version 0.1 also contain the images' spread
         layers = {name: LayerStatistics(layer["mean"], layer["std"]) for name, layer in content["layers"].items()}
-        return cls(layers, content["images"], content["fingerprint"], path)
+        look = SourceLook.of(content["look"]) if "look" in content else None
+        return cls(layers, content["images"], content["fingerprint"], path, look)
 
 
 def _check_layer(name: str, mean: Any, std: Any) -> None:
@@ -136,12 +142,13 @@ def measure_source_statistics(
         device = next(chain(network.parameters(), network.buffers()), torch.empty(0)).device
     seen = {name: _RunningMean() for name in chosen}
     hooks = [layer.register_forward_hook(partial(_observe, seen[name])) for name, layer in chosen.items()]
-    count = 0
+    count, look = 0, RunningLook()
     try:
         with evaluating(network), torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False):
             for count, (image, file) in enumerate(_one_by_one(images, device), start=1):
                 if not torch.isfinite(image).all():
                     raise ValueError(f"source image {count}{file} has NaN or infinite values: repair or remove it")
+                look.add(image)
                 for window in Windows(route, image).cut(image):
                     network(in_precision_of(network, window))
     finally:
@@ -152,7 +159,7 @@ def measure_source_statistics(
     measured = {name: each.statistics() for name, each in seen.items() if each.count}
     if not measured:
         raise ValueError(f"none of the layers has features with spatial axes: {', '.join(chosen)}")
-    return SourceStatistics(measured, count, fingerprint(network))
+    return SourceStatistics(measured, count, fingerprint(network), look=look.look())
 
 
 class _RunningMean:
