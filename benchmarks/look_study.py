@@ -2,8 +2,8 @@
 """Compares parts of site correction in networks without batch norm: tables of docs/results/steady-instance-norm.md.
 
 The configs are those of `python -m monai.bundle run`; run it from the repository root. Prints gain over no adaptation
-and harm of the corrected image's prediction alone and fused with the source's by the evidence, for the tone, for the
-amplitudes, for both, and for both without a gate:
+and harm of the corrected image's prediction alone and fused with the source's by half of the evidence, for the tone,
+for the amplitudes, for both, and for both without a gate; and for both with other shares of the evidence:
 
     python benchmarks/look_study.py configs/hippocampus.yaml configs/shifts/contrast.yaml --norm instance \\
       --dataset_dir test.json --ckpt_path WEIGHTS.pt --statistics STATISTICS.pt --limit 16
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mgipt_monai import SourceStatistics
+from mgipt_monai.methods.site_correction import TRUST_OF_LOOK
 from mgipt_monai.networks import SiteStatistics
 from mgipt_monai.networks.look import SiteLook, SourceLook
 from mgipt_monai.utils.statistics import shares
@@ -35,6 +36,8 @@ VARIANTS = {
     "both": (("amplitudes", "tone"), True),
     "both, no gate": (("amplitudes", "tone"), False),
 }
+
+TRUSTS = (0.25, 0.35, 0.5, 0.7, 1.0)
 
 
 class PartOfLook(SiteLook):
@@ -88,14 +91,21 @@ def study(configs: Sequence[str], statistics: str, norm: str | None, every: int,
                 sites[name].end()
                 logits = plain if corrected is image else network(corrected)
                 row[name] = dice(logits, label)
-                row[f"{name}, fused"] = dice(torch.lerp(plain, logits, evidence), label)
+                for trust in TRUSTS if name == "both" else (TRUST_OF_LOOK,):
+                    row[f"{name}, fused by {trust:g} of the evidence"] = dice(
+                        torch.lerp(plain, logits, trust * evidence), label
+                    )
             rows.append(row)
     plain_scores = np.array([row["no adaptation"] for row in rows])
-    print(f"{len(rows)} images, no adaptation {plain_scores.mean():.2f}", "| prediction | gain | harmed |", sep="\n\n")
-    print("|---|--:|--:|")
+    print(
+        f"{len(rows)} images, no adaptation {plain_scores.mean():.2f}",
+        "| prediction | gain | harmed | worst image |",
+        sep="\n\n",
+    )
+    print("|---|--:|--:|--:|")
     for name in list(rows[0])[1:]:
         gain = np.array([row[name] for row in rows]) - plain_scores
-        print(f"| {name} | {gain.mean():+.2f} | {100 * shares(gain / 100)[0]:.0f} % |")
+        print(f"| {name} | {gain.mean():+.2f} | {100 * shares(gain / 100)[0]:.0f} % | {gain.min():+.2f} |")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

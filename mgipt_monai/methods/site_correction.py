@@ -37,8 +37,8 @@ IMAGE_SHARE = 0.2
 """Weight of the image's own statistics in the third prediction."""
 TRUST = 2.5
 """Trust in the evidence where no rule was learnt for the network."""
-TRUST_OF_LOOK = 1.0
-"""Trust in the evidence of a network without batch norm."""
+TRUST_OF_LOOK = 0.5
+"""Trust in the evidence of a network without batch norm: the source keeps at least half of the weight."""
 
 
 class SiteCorrection(Remembering):
@@ -53,7 +53,7 @@ class SiteCorrection(Remembering):
 
     Without batch norm, and with ``statistics``, the image is corrected: its tone and its lowest amplitudes, as far as
     the site's differ from the source's by more than source images do (:class:`SiteLook`). Two predictions are fused,
-    the source's and that of the corrected image. The latter's weight is the evidence, ``min(1, trust * evidence)``.
+    the source's and that of the corrected image. The latter's weight is half of the evidence, ``min(1, trust * evidence)``.
     Cost: 2 F, or 1 F where there is nothing to correct.
 
     A rule learnt from the network's own labelled source images (:func:`learn_site_rule`) tells which part of the
@@ -70,7 +70,7 @@ class SiteCorrection(Remembering):
             ``default``, a :class:`SiteMemory` with other settings, or None to average all images alike.
         rule: result of :func:`learn_site_rule`, or its file; None takes the images' distances whole.
         trust: reciprocal of the evidence at which the source's weight becomes 0, above 0; None is the rule's, or 2.5
-            without one; without batch norm the factor of the evidence, 1 for None.
+            without one; without batch norm the factor of the evidence, 0.5 for None.
         image_share: weight of the image's own statistics in the third prediction, in [0, 1].
         statistics: of at least 10 source images, with their look, for a network without batch norm: a statistics file
             or its content, see :func:`measure_source_statistics`. They must belong to the network's weights. Not used

@@ -66,7 +66,7 @@ def test_a_shift_of_the_look_is_undone(shift: str, network: nn.Module, statistic
         left.append((method(change(image)) - wanted).abs().mean())
         lost.append((unadapted - wanted).abs().mean())
         assert method.last[0]["forwards"] == 2
-    assert method.last[0]["adapted_weight"] > 0.5
+    assert method.last[0]["adapted_weight"] > 0.25
     assert sum(left) < 0.7 * sum(lost)
 
 
@@ -130,7 +130,7 @@ def test_volumes_in_windows() -> None:
     method.predict_through(inferer)
     logits = run(method, [volume**3 for volume in volumes[:3]])
     assert logits[-1].shape == (1, 3, 16, 16, 16)
-    assert (method.last[0]["forwards"], method.last[0]["adapted_weight"] > 0.5) == (2 * 8, True)
+    assert (method.last[0]["forwards"], method.last[0]["adapted_weight"] > 0.25) == (2 * 8, True)
 
 
 def test_what_it_needs_is_checked_when_it_is_built(
