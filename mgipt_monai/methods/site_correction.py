@@ -53,8 +53,8 @@ class SiteCorrection(Remembering):
 
     Without batch norm, and with ``statistics``, the image is corrected: its tone and its lowest amplitudes, as far as
     the site's differ from the source's by more than source images do (:class:`SiteLook`). Two predictions are fused,
-    the source's and that of the corrected image. The latter's weight is half of the evidence, ``min(1, trust * evidence)``.
-    Cost: 2 F, or 1 F where there is nothing to correct.
+    the source's and that of the corrected image. The latter's weight is half of the evidence:
+    ``min(1, trust * evidence)``. Cost: 2 F, or 1 F where there is nothing to correct.
 
     A rule learnt from the network's own labelled source images (:func:`learn_site_rule`) tells which part of the
     distance is content, and how far the evidence may be trusted.
