@@ -33,6 +33,7 @@ from torch.optim.swa_utils import update_bn
 from mgipt_monai import MGIPT, SiteCorrection, Source, SourceStatistics, measure_source_statistics
 from mgipt_monai.methods import AdaptationMethod
 from mgipt_monai.networks.alignment.windows import Precision
+from mgipt_monai.networks.look import FEWEST_IMAGES
 
 CLASSES = 2
 
@@ -83,10 +84,10 @@ def prepare(network: str, window: int, folder: Path) -> None:
     """Write a network's random weights and, if it has no batch norm, its source statistics."""
     torch.manual_seed(0)
     model = NETWORKS[network]()
-    volumes = [volume([window] * 3, seed) for seed in (1, 2)]
-    update_bn(volumes, model)
+    update_bn([volume([window] * 3, seed) for seed in (1, 2)], model)
     torch.save(model.eval().state_dict(), folder / "weights.pt")
     if network in WITHOUT_BATCH_NORM:
+        volumes = [volume([window] * 3, seed) for seed in range(1, FEWEST_IMAGES + 1)]
         measure_source_statistics(model, volumes).save(folder / "statistics.pt")
 
 
@@ -151,8 +152,6 @@ def table(network: str, methods: Sequence[str], options: argparse.Namespace) -> 
         for size in options.sizes.split(","):
             plain: Figures | None = None
             for method in methods:
-                if method == "steady" and network in WITHOUT_BATCH_NORM:
-                    continue
                 command = [sys.executable, __file__, "--one", network, method, size, folder]
                 command += ["--window", str(options.window), "--overlap", str(options.overlap)]
                 command += ["--threads", str(options.threads), "--repeats", str(options.repeats)]

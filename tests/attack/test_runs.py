@@ -522,7 +522,7 @@ def _kill_everywhere(tmp_path: Path, every: int, before: Callable[[Path], None],
     raise AssertionError("it does not end")
 
 
-@pytest.mark.parametrize("every", [31, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [61, pytest.param(5, marks=pytest.mark.slow)])
 def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(
     tmp_path: Path, every: int, record_property: Callable[[str, int], None]
 ) -> None:
@@ -537,7 +537,7 @@ def test_stream_killed_at_any_line_ends_as_if_nothing_had_been(
     assert kills * every > 300
 
 
-@pytest.mark.parametrize("every", [17, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [41, pytest.param(4, marks=pytest.mark.slow)])
 def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(
     tmp_path: Path, every: int, record_property: Callable[[str, int], None]
 ) -> None:
@@ -553,7 +553,7 @@ def test_retry_of_failed_images_killed_at_any_line_ends_as_if_nothing_had_been(
     assert kills * every > 150
 
 
-@pytest.mark.parametrize("every", [13, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [29, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("done", [0, 2])
 def test_persistent_stream_killed_at_any_line_has_one_record_of_each_image(
     tmp_path: Path, every: int, done: int, record_property: Callable[[str, int], None]
