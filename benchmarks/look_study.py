@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from monai.bundle import ConfigWorkflow
-from monai.metrics import compute_dice
+from site_study import CONFIGS, ROOT, dice
 from torch import Tensor
-from torch.nn import functional
 
 from mgipt_monai import SourceStatistics
 from mgipt_monai.methods.site_correction import TRUST_OF_LOOK
@@ -28,16 +26,14 @@ from mgipt_monai.networks import SiteStatistics
 from mgipt_monai.networks.look import SiteLook, SourceLook
 from mgipt_monai.utils.statistics import shares
 
-ROOT = Path(__file__).parents[1]
-CONFIGS = [str(ROOT / "bundle" / "configs" / name) for name in ("inference.yaml", "evaluate.yaml")]
 VARIANTS = {
     "tone": (("tone",), True),
     "amplitudes": (("amplitudes",), True),
     "both": (("amplitudes", "tone"), True),
     "both, no gate": (("amplitudes", "tone"), False),
 }
-
 TRUSTS = (0.25, 0.35, 0.5, 0.7, 1.0)
+"""Shares of the evidence that fuse both with the source."""
 
 
 class PartOfLook(SiteLook):
@@ -54,13 +50,6 @@ class PartOfLook(SiteLook):
         if not self.gated:
             change = site._shares[name] * (self._source[name][0] - places)
         return places, change, beyond
-
-
-def dice(logits: Tensor, label: Tensor) -> float:
-    """Return the mean DSC in percent over the structures at mask size, 100 for correctly empty ones."""
-    mode = "trilinear" if label.ndim == 5 else "bilinear"
-    logits = functional.interpolate(logits, size=label.shape[2:], mode=mode)
-    return 100 * compute_dice((logits > 0).float(), label).nan_to_num(1.0).mean().item()
 
 
 def study(configs: Sequence[str], statistics: str, norm: str | None, every: int, **settings: object) -> None:

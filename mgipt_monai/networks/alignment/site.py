@@ -98,11 +98,11 @@ class SiteStatistics(nn.Module):
         self._observed: dict[str, int] = {}
         self._shares: dict[str, Tensor] = {}
         self._corrected: dict[str, tuple[Tensor, Tensor]] = {}
-        self._beyond: dict[str, Tensor] = {}
+        self._compared: dict[str, tuple[Tensor, Tensor]] = {}
 
     def begin(self) -> None:
         """Start an image; an image that was started before without :meth:`end` is discarded."""
-        self._latest, self._observed, self._shares, self._corrected, self._beyond = {}, {}, {}, {}, {}
+        self._latest, self._observed, self._shares, self._corrected, self._compared = {}, {}, {}, {}, {}
 
     def observe(self, name: str, mean: Tensor, std: Tensor, source_mean: Tensor, source_std: Tensor) -> None:
         """Add a layer's input statistics of the current image, for the whole image or some of its windows.
@@ -152,9 +152,9 @@ class SiteStatistics(nn.Module):
         elif effective > 1:
             spread = spread * effective / (effective - 1)
         square = (shift.square() - spread / effective).mean().clamp(min=0)
-        share = square / (square + spread.mean()).clamp(min=1e-12) * seen / (seen + self.caution)
-        self._shares[name] = share
-        self._beyond[name] = (1 - spread.mean() / square.clamp(min=1e-12)).clamp(min=0)
+        noise = spread.mean()
+        share = square / (square + noise).clamp(min=1e-12) * seen / (seen + self.caution)
+        self._shares[name], self._compared[name] = share, (noise, square)
         z, r = share * shift
         self._corrected[name] = source_mean + source_std * z, source_std * r.exp()
         return self._corrected[name]
@@ -171,7 +171,8 @@ class SiteStatistics(nn.Module):
 
     def beyond(self, name: str) -> float:
         """Return how much of a layer's squared shift is beyond the spread, ``1 - spread^2 / shift^2``, at least 0."""
-        return self._beyond[name].item()
+        noise, square = self._compared[name]
+        return (1 - noise / square.clamp(min=1e-12)).clamp(min=0).item()
 
     @property
     def evidence(self) -> float:
