@@ -20,7 +20,7 @@ from mgipt_monai.bundle_runs import BundleRun, as_path, errors_last, read_settin
 from mgipt_monai.data.demo.cameras import CAMERAS
 from mgipt_monai.data.demo.stream import write_demo_stream
 from mgipt_monai.installed import find_config, installed, overlays, presets
-from mgipt_monai.methods import Commissioned, SiteSetting
+from mgipt_monai.methods import Commissioned, InterpolationWeights, SiteSetting
 from mgipt_monai.networks.correction import Correction
 from mgipt_monai.utils.outputs import MANIFEST
 from mgipt_monai.utils.provenance import fingerprint
@@ -100,6 +100,8 @@ def test_evaluate_trains_and_measures_source_images(sites: Path, tmp_path: Path)
         mgipt_monai.SourceStatistics.load(tmp_path / f"{name}.pt")
     ttn = tmp_path / "ttn.pt"
     words = ["--weights", weights, "--sites", "[cold_noisy]", *small]
+    mgipt("interpolation-weights", sites, ttn, "--select_channels", True, *words)
+    assert {float(each) for layer in InterpolationWeights.load(ttn).layers.values() for each in layer} == {0.0, 1.0}
     mgipt("interpolation-weights", sites, ttn, "--max_epochs", 1, *words)
     mgipt("evaluate", sites, tmp_path / "ttn", "--config", "methods/ttn", "--interpolation_path", ttn, *words)
     assert all(row["forwards"] == 2 for row in RecordFile(tmp_path / "ttn" / "records.jsonl").read())

@@ -16,7 +16,7 @@ from .site_correction import SiteCorrection
 from .site_memory import SiteMemory
 from .site_rule import learn_site_rule
 from .source import Source
-from .ttn import TTN, InterpolationWeights, learn_interpolation_weights
+from .ttn import TTN, InterpolationWeights, learn_interpolation_weights, select_channels
 from .vptta import VPTTA
 from .weight_updates import SAR, CoTTA, GraTa, Tent
 
@@ -44,6 +44,7 @@ __all__ = [
     "Verdict",
     "learn_interpolation_weights",
     "learn_site_rule",
+    "select_channels",
 ]
 
 __getattr__ = renamed_names(__name__, {"SiteCalibration": "mgipt_monai.methods.SiteCorrection"})

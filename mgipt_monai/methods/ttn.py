@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """TTN: a weight of the image's statistics for each channel, learnt once from labelled source images.
 
-The weights are few numbers, kept in a file beside the network's. :func:`learn_interpolation_weights` makes them:
-augmented images show which channels react to a change of look, and the labels how much of it should be normalised away.
+The weights are few numbers, kept in a file beside the network's. There are two ways to make them.
+:func:`learn_interpolation_weights`: augmented images show which channels react to a change of look, and the labels how
+much of it should be normalised away. :func:`select_channels` (Hybrid-TTN): all of the image's statistics for the
+channels that react least to how large the structures are, none for the others.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from mgipt_monai.networks.prompts.early_stop import Head, check_head
 from mgipt_monai.utils.provenance import BesideWeights, fingerprint
 from mgipt_monai.utils.state_checks import check_finite, check_tensor, is_whole
 
-__all__ = ["TTN", "InterpolationWeights", "learn_interpolation_weights"]
+__all__ = ["TTN", "InterpolationWeights", "learn_interpolation_weights", "select_channels"]
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class TTN(AdaptationMethod):
 
     Args:
         network: the source network, with batch norm that stores its statistics.
-        weights: result of :func:`learn_interpolation_weights`, or its file.
+        weights: result of :func:`learn_interpolation_weights` or :func:`select_channels`, or its file.
         aligned_layers: regular expression on the names of the norm layers to adapt; None adapts all.
         output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
 
@@ -253,6 +255,71 @@ def learn_interpolation_weights(
     return InterpolationWeights(
         {name: weight.detach().cpu() for name, weight in weights.items()}, images, fingerprint(network)
     )
+
+
+def select_channels(
+    network: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, output: Output | None = None
+) -> InterpolationWeights:
+    """Choose the channels that take the image's statistics: those that tell least of the structures' size (Hybrid-TTN).
+
+    Where the mix of what is in the images differs from the source's, statistics of the image take away what a channel
+    knows of it. For each structure, the source images where it is larger, and those where it is smaller, give a
+    channel's mean and deviation. Its score is the mean squared distance of both from what the layer stores (the
+    2-Wasserstein distance of normal distributions). The lowest scores are chosen: all channels of the first layer that
+    runs, none of the last, and of those between a share that falls linearly. Chosen channels have the weight 1, others
+    0. Cost: 1 F an image.
+
+    Source: Vianna et al., Channel-selective normalization for label-shift robust test-time adaptation, CoLLAs 2024.
+    Ours: the paper classifies images and compares classes; in segmentation the halves by size stand for them, each
+    with the same weight.
+
+    Args:
+        network: the source network, with batch norm that stores its statistics.
+        batches: dicts with ``image`` (B, C, \\*spatial) and ``label``: a channel in [0, 1] for each structure.
+        output: which of the network's outputs are its logits, see :class:`AdaptationMethod`.
+
+    Raises:
+        ValueError: for fewer than two images, structures of one size, or a network without usable norm layers.
+    """
+    layers = find_norm_layers(network, None, NEEDS_BATCH_NORM)
+    device = next(chain(network.parameters(), network.buffers())).device
+    moments: dict[str, list[Tensor]] = {}  # in the order in which the layers run
+    sizes: list[Tensor] = []
+
+    def observe(name: str, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].double().flatten(2)
+        moments.setdefault(name, []).append(torch.stack([values.mean(dim=2), values.square().mean(dim=2)]))
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: observe(name, inputs))
+        for name, layer in layers.items()
+    ]
+    try:
+        with _frozen(network), torch.no_grad():
+            for batch in batches:
+                image, label = _pair(batch, device)
+                ForwardRoute(output=output).run(network, image)
+                sizes.append(label.flatten(2).mean(dim=2).cpu())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    size = torch.cat(sizes) if sizes else torch.empty(0, 1)
+    if len(size) < 2 or not (size.amax(dim=0) > size.amin(dim=0)).any():
+        raise ValueError(f"{len(size)} images with structures of one size do not tell one channel from another")
+    half = len(size) // 2
+    halves = [places for order in size.argsort(dim=0).T for places in (order[:half], order[-half:])]
+    weights, last = {}, len(moments) - 1
+    for depth, (name, seen) in enumerate(moments.items()):
+        mean, variance = (each.double().cpu() for each in stored_statistics(layers[name]))
+        first, second = torch.cat(seen, dim=1).cpu()
+        score = torch.zeros_like(mean)
+        for places in halves:
+            own = first[places].mean(dim=0)
+            deviation = (second[places].mean(dim=0) - own.square()).clamp(min=0).sqrt()
+            score += (own - mean).square() + (deviation - variance.sqrt()).square()
+        chosen = len(mean) * (last - depth) // last if last else len(mean)
+        weights[name] = torch.zeros(len(mean)).index_fill(0, score.argsort()[:chosen], 1)
+    return InterpolationWeights(weights, len(size), fingerprint(network))
 
 
 @contextmanager

@@ -139,9 +139,9 @@ def test_every_overlay_sets_only_keys_that_exist(path: Path) -> None:
         "odoc.yaml": {"published", "probability_metrics"},
         "polyp.yaml": {"published", "methods"},
         "networks.yaml": {"methods", "compare", "probability_metrics"},
-        "precedents.yaml": {"methods", "compare", "interpolation_path"},
+        "precedents.yaml": {"methods", "compare", "interpolation_path", "selection_path"},
         "ttn.yaml": {"interpolation_path"},
-        "interpolation_weights.yaml": {*train, "interpolation_path", "prior_strength"},
+        "interpolation_weights.yaml": {*train, "interpolation_path", "prior_strength", "select_channels"},
         "train_odoc.yaml": {*train, "encoder_path"},
         "train_polyp.yaml": {*train, "encoder_path", "gradient_limit"},
     }

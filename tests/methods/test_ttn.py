@@ -13,7 +13,7 @@ from monai.networks.nets import UNet
 from torch import nn
 
 from mgipt_monai import BatchNormAdaptation, Source
-from mgipt_monai.methods import TTN, InterpolationWeights, learn_interpolation_weights
+from mgipt_monai.methods import TTN, InterpolationWeights, learn_interpolation_weights, select_channels
 from mgipt_monai.utils.provenance import fingerprint
 from tests.conftest import identical, snapshot, stream, tiny_network
 
@@ -208,6 +208,56 @@ def test_networks_and_images_that_teach_nothing_are_refused() -> None:
         learn(nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, affine=False)))
     with pytest.raises(ValueError, match="needs batch norm"):
         learn(UNet(2, 3, 2, channels=(4, 8), strides=(2,), norm="instance"))
+
+
+# --- whole channels by the size of the structures (Hybrid-TTN)
+
+
+class Telling(nn.Module):
+    """A network of three norm layers, of which every other channel carries the label's size and the rest noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.third(self.second(self.first(x)))[:, :1]
+
+
+def sized(count: int = 8) -> list[dict[str, torch.Tensor]]:
+    noise = torch.Generator().manual_seed(0)
+    items = []
+    for index in range(count):
+        image, label = torch.randn(1, 4, 16, 16, generator=noise), torch.zeros(1, 1, 16, 16)
+        label[..., : index + 1, :] = 1
+        image[:, 1::2] += 3 * label
+        items.append({"image": image, "label": label})
+    return items
+
+
+def test_channels_that_tell_the_size_keep_the_source_and_deeper_layers_keep_more() -> None:
+    network = Telling().train()
+    before = snapshot(network)
+    selected = select_channels(network, sized())
+    assert torch.equal(selected.layers["first"], torch.ones(4))
+    assert torch.equal(selected.layers["second"], torch.tensor([1.0, 0.0, 1.0, 0.0]))
+    assert torch.equal(selected.layers["third"], torch.zeros(4))
+    assert network.training
+    assert identical(before, snapshot(network))
+    assert all(p.requires_grad and p.grad is None for p in network.parameters())
+    assert not any(layer._forward_pre_hooks for layer in network.modules())
+    assert (selected.images, selected.fingerprint) == (8, fingerprint(network))
+    batched = [{key: torch.cat([item[key] for item in sized()]) for key in ("image", "label")}]
+    assert select_channels(network, batched).digest == selected.digest
+    assert TTN(network.eval(), selected)(sized()[0]["image"]).shape == (1, 1, 16, 16)
+
+
+def test_sizes_that_do_not_differ_select_nothing() -> None:
+    for items, count in ((sized(1), 1), ([], 0), ([sized(2)[0], sized(2)[0]], 2)):
+        with pytest.raises(ValueError, match=f"{count} images with structures of one size"):
+            select_channels(Telling(), items)
+    with pytest.raises(ValueError, match="needs batch norm"):
+        select_channels(UNet(2, 3, 2, channels=(4, 8), strides=(2,), norm="instance"), labelled())
 
 
 def test_overlay_puts_the_method_into_the_bundle(tmp_path: Path) -> None:
