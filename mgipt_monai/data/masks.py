@@ -226,7 +226,8 @@ class AddUncertaintyd(Transform):
     def __init__(self, inferer: AdaptiveInferer, prediction: str = "pred", key: str = "uncertainty") -> None:
         if not inferer.method.has_uncertainty:
             raise ValueError(
-                f"{type(inferer.method).__name__} has no uncertainty: use MGIPT, or set save_uncertainty to false"
+                f"{type(inferer.method).__name__}, as it is set, has no uncertainty: use MGIPT, or set "
+                "save_uncertainty to false"
             )
         if inferer.slices == "own":
             raise ValueError("slices='own' has an uncertainty per slice but none for the volume: use slices='shared'")

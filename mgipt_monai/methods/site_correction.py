@@ -27,7 +27,7 @@ from mgipt_monai.networks.alignment.windows import Output
 from mgipt_monai.networks.ensemble import disagreement, disagreement_map, slabs
 from mgipt_monai.networks.look import FEWEST_IMAGES, SiteLook
 from mgipt_monai.networks.prompts.early_stop import Head, check_head
-from mgipt_monai.utils.state_checks import check_keys
+from mgipt_monai.utils.state_checks import check_keys, is_whole
 
 __all__ = ["SiteCorrection"]
 
@@ -56,6 +56,11 @@ class SiteCorrection(Remembering):
     the source's and that of the corrected image. The latter's weight is half of the evidence:
     ``min(1, trust * evidence)``. Cost: 2 F, or 1 F where there is nothing to correct.
 
+    With ``refresh``, at a site that is settled only every n-th image is predicted like this and learnt from. The
+    others are predicted once, at 1 F: the statistics move from the source's to the third prediction's by the weight.
+    What is lost: the source's prediction has no part in theirs, and a slow change of the site is followed n times as
+    slowly. An image that the memory finds elsewhere is learnt from at once.
+
     A rule learnt from the network's own labelled source images (:func:`learn_site_rule`) tells which part of the
     distance is content, and how far the evidence may be trusted.
 
@@ -75,6 +80,8 @@ class SiteCorrection(Remembering):
         statistics: of at least 10 source images, with their look, for a network without batch norm: a statistics file
             or its content, see :func:`measure_source_statistics`. They must belong to the network's weights. Not used
             with batch norm.
+        refresh: number of images, from 2; None refreshes at each. It needs batch norm, and there are no uncertainty
+            maps then. The first images of a site, as many as its averages are over, are all learnt from.
         aligned_layers: regular expression on the names of the norm layers to correct; None corrects all. Without batch
             norm they only tell sites apart.
         head: ``sigmoid`` (each channel a structure) or ``softmax`` (channel 0 is background), for the uncertainty.
@@ -94,7 +101,6 @@ class SiteCorrection(Remembering):
     """
 
     takes_windows = True
-    has_uncertainty = True
     norms: SiteNorms
     _is_checked: bool
     _look: SiteLook | None
@@ -109,6 +115,7 @@ class SiteCorrection(Remembering):
         trust: float | None = None,
         image_share: float = IMAGE_SHARE,
         statistics: SourceStatistics | str | os.PathLike[str] | None = None,
+        refresh: int | None = None,
         aligned_layers: str | None = None,
         head: Head = "sigmoid",
         output: Output | None = None,
@@ -124,11 +131,21 @@ class SiteCorrection(Remembering):
             raise ValueError(f"trust must be above 0, got {trust}")
         if not 0 <= image_share <= 1:
             raise ValueError(f"image_share must be in [0, 1], got {image_share}")
+        if refresh is not None and (not is_whole(refresh) or refresh < 2):
+            raise ValueError(f"refresh must be a whole number of images from 2, or None, got {refresh}")
+        if refresh is not None and self.statistics is not None:
+            raise ValueError("refresh needs batch norm: without it the corrected image costs 2 F at most")
         check_head(head)
+        self.refresh = refresh
         self.trust, self.image_share, self.aligned_layers, self.head = trust, image_share, aligned_layers, head
         super().__init__(network, memory, output)
         self.site = SiteStatistics() if site is None else site
         self.site.rule = self.rule
+
+    @property
+    def has_uncertainty(self) -> bool:
+        """Whether each image is predicted in several views, which can disagree."""
+        return self.refresh is None
 
     @torch.no_grad()
     def _adapt_and_predict(self, image: Tensor) -> Prediction:
@@ -139,12 +156,18 @@ class SiteCorrection(Remembering):
             return self._correct_image(image, self._look)
         norms, site = self.norms, self.site
         norms.start(image)
+        if self.refresh is not None:
+            moved = self._visit(image)
+            is_due = self.images_seen % self.refresh == 0 or not site.is_settled
+            if not (is_due or moved or (self.memory is not None and self.memory.is_elsewhere)):
+                return self._predict_settled(image)
         site.begin()
         source: Tensor | None = None
         if isinstance(self.route.inferer, SimpleInferer):
             with norms.signing():
                 source = norms.predict(image)
-        self._visit(image)
+        if self.refresh is None:
+            self._visit(image)
         with norms.corrected_to(site, observe=True):
             if source is None:
                 norms.look(image)
@@ -152,7 +175,7 @@ class SiteCorrection(Remembering):
                 corrected = norms.predict_windows(image, "calibrated")
 
         evidence = site.evidence
-        weight = min(1.0, (self.trust * evidence) ** 2)
+        weight = self._weight(evidence)
         if source is None:
             fused, source, uncertainty, mean = self._predict_windows(image, weight)
         else:
@@ -161,7 +184,21 @@ class SiteCorrection(Remembering):
             uncertainty, mean = disagreement(views, self.head)
         site.end()
         record = {"evidence": evidence, "adapted_weight": weight, "disagreement": mean}
-        return Prediction(fused, {**record, **self._cost()}, uncertainty, source)
+        refreshed = {} if self.refresh is None else {"refreshed": True}
+        shown = uncertainty if self.has_uncertainty else None
+        return Prediction(fused, {**record, **refreshed, **self._cost()}, shown, source)
+
+    def _weight(self, evidence: float) -> float:
+        return min(1.0, (self.trust * evidence) ** 2)
+
+    def _predict_settled(self, image: Tensor) -> Prediction:
+        """Predict an image once, with what is known of the site and its own share, and learn nothing."""
+        evidence = self.norms.known_evidence(self.site)
+        weight = self._weight(evidence)
+        with self.norms.corrected_to(self.site, image_share=weight * self.image_share, strength=weight):
+            logits = self.norms.predict(image, "calibrated" if weight else "source")
+        record = {"evidence": evidence, "adapted_weight": weight, "refreshed": False}
+        return Prediction(logits, {**record, **self._cost()})
 
     def _correct_image(self, image: Tensor, look: SiteLook) -> Prediction:
         """Predict an image as it is and with the source's look; both as a whole or in windows."""

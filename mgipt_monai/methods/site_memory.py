@@ -227,18 +227,19 @@ class Remembering(AdaptationMethod):
     def _load_learnt(self, learnt: dict[str, Any]) -> None:
         """Restore what ``_learnt`` returned; raise ValueError, without changing anything, if it does not fit."""
 
-    def _visit(self, image: Tensor) -> None:
-        """Go to the image's site: if it is another one that is known, what was learnt there is restored."""
+    def _visit(self, image: Tensor) -> bool:
+        """Go to the image's site, and return whether it is another one; what was learnt there is restored."""
         if self.memory is None:
-            return
+            return False
         norms = self.source_norms()
         if norms.signature is None:
             norms.sign(image)
         if norms.signature is None:
-            return  # no norm layer takes part
+            return False  # no norm layer takes part
         learnt = self.memory.visit(norms.signature, self._learnt)
         if learnt is not None:
             self._load_learnt(learnt)
+        return learnt is not None
 
     def _state_record(self) -> dict[str, Any]:
         return {} if self.memory is None else {"elsewhere": self.memory.is_elsewhere}

@@ -45,5 +45,5 @@ def test_method_without_views_is_refused_before_the_first_image(tmp_path: Path, 
     settings = {"dataset_dir": demo_sites, "output_dir": tmp_path, "save_uncertainty": True}
     done = run_bundle([INFERENCE, source], check=False, **settings, **QUICK)
     assert done.returncode
-    assert "Source has no uncertainty" in done.stdout + done.stderr
+    assert "Source, as it is set, has no uncertainty" in done.stdout + done.stderr
     assert not (tmp_path / "records.jsonl").exists()

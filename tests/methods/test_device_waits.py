@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ class Waits(TorchDispatchMode):
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         super().__init__()
-        self.count = 0
+        self.count, self.operations = 0, Counter[Any]()
         # on CPU tensors these dispatch nothing
         for name in ("cpu", "numpy", "tolist"):
             patch.setattr(Tensor, name, self._counted(getattr(Tensor, name)))
@@ -39,6 +40,8 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
+        # without vectors: the list of a tuning's losses has one number per step
+        self.operations[name, tuple(tuple(a.shape) for a in args if isinstance(a, Tensor) and a.ndim > 1)] += 1
         by_mask = name in ("aten::index", "aten::index_put_") and any(
             index is not None and index.dtype == torch.bool for index in args[1]
         )
@@ -55,12 +58,17 @@ def _in_adam() -> bool:
     return False
 
 
-def waits(method: AdaptationMethod, image: Tensor, patch: pytest.MonkeyPatch) -> int:
-    """Return the number of waits for the second image of a stream."""
+def watched(method: AdaptationMethod, image: Tensor, patch: pytest.MonkeyPatch) -> Waits:
+    """Return what was dispatched for the second image of a stream."""
     method(image)
     with patch.context() as within, Waits(within) as found:
         method(0.9 * image)
-    return found.count
+    return found
+
+
+def waits(method: AdaptationMethod, image: Tensor, patch: pytest.MonkeyPatch) -> int:
+    """Return the number of waits for the second image of a stream."""
+    return watched(method, image, patch).count
 
 
 def test_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +78,19 @@ def test_reads_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         values[values > 0.5].cpu()
         values.tolist()
     assert found.count == 4
+
+
+def test_each_step_of_tuning_dispatches_the_same_operations_with_the_same_shapes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the capture of a step as a CUDA graph needs."""
+    found = []
+    for steps in (3, 4, 5):
+        method = MGIPT(tiny_network(), steps=steps, instance_sizes=(1,), global_sizes=(3,))
+        found.append(watched(method, stream(1)[0], monkeypatch).operations)
+    fourth, fifth = found[1] - found[0], found[2] - found[1]
+    assert fourth == fifth
+    assert sum(fourth.values()) > 20
 
 
 @pytest.mark.parametrize("sliding", [False, True])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 
 import pytest
@@ -11,6 +12,7 @@ from monai.inferers import SlidingWindowInferer
 from torch import nn
 
 from mgipt_monai import SiteCorrection
+from mgipt_monai.methods import SiteMemory
 from mgipt_monai.networks import SiteStatistics, disagreement
 from tests.conftest import same_state, stream, tiny_network
 
@@ -189,3 +191,87 @@ def test_resuming_a_stream_of_windows_equals_not_stopping(images: list[torch.Ten
         first(image)
     second.load_adaptation_state(first.adaptation_state())
     assert all(torch.equal(second(image), e) for image, e in zip(images[2:], expected[2:], strict=True))
+
+
+# --- refresh: a settled site is learnt from in every n-th image
+
+
+def settled(network: nn.Module, refresh: int | None = 3, **settings: object) -> SiteCorrection:
+    """A method after the first four images of a darker site, which are all that its averages are over."""
+    method = SiteCorrection(network, SiteStatistics(horizon=4), refresh=refresh, **settings)
+    run(method, [0.3 * image for image in alike(4)])
+    return method
+
+
+def test_a_settled_site_costs_one_pass_between_refreshes(source: nn.Module) -> None:
+    method, always = settled(source), settled(source, refresh=None)
+    assert same_state(method.adaptation_state(), always.adaptation_state())
+    before = method.adaptation_state()
+    records = run(method, [0.3 * image for image in alike(6, seed=1)])
+    assert [record["refreshed"] for record in records] == [False, False, True] * 2
+    assert [record["forwards"] for record in records] == [1, 1, 3] * 2
+    assert before["site"]["count"] == 4
+    assert method.adaptation_state()["site"]["count"] == 6
+    assert records[0]["evidence"] == records[1]["evidence"] != records[3]["evidence"]
+    assert method.uncertainty is None
+    assert not method.has_uncertainty
+
+
+def test_between_refreshes_nothing_is_learnt_and_the_weight_moves_the_statistics(source: nn.Module) -> None:
+    image = 0.3 * alike(1, seed=2)[0]
+    full = settled(source, trust=100.0, image_share=0)
+    before = full.adaptation_state()
+    with torch.no_grad(), full.norms.corrected_to(full.site):
+        full.site.begin()
+        expected = full.norms.predict(image, "calibrated")
+    assert torch.equal(full(image), expected)
+    assert full.last[0]["adapted_weight"] == 1
+    assert same_state(full.adaptation_state()["site"], before["site"])
+
+    none, part = settled(source, trust=1e-9), settled(source, trust=1.0, image_share=0)
+    with torch.no_grad():
+        assert torch.allclose(none(image), source(image), atol=1e-6)
+    logits, weight = part(image), part.last[0]["adapted_weight"]
+    assert 0.1 < weight < 0.9
+    moved = copy.deepcopy(source)
+    for name in ("1", "4"):
+        layer = moved.get_submodule(name)
+        std = (layer.running_var + layer.eps).sqrt()
+        site_mean, site_std = part.site.correct(name, layer.running_mean, std)
+        layer.running_mean.lerp_(site_mean, weight)
+        layer.running_var.copy_((std.log().lerp(site_std.log(), weight)).exp().square() - layer.eps)
+    with torch.no_grad():
+        assert torch.allclose(logits, moved(image), atol=1e-5)
+
+
+def test_refreshing_resumes_and_takes_batches_and_windows(source: nn.Module) -> None:
+    images = [0.3 * image for image in alike(5, seed=3)]
+    one_by_one, batch, resumed, looking = (settled(source) for _ in range(4))
+    expected = [one_by_one(image) for image in images]
+    assert torch.equal(batch(torch.cat(images)), torch.cat(expected))
+    resumed.load_adaptation_state(one_by_one.twin().adaptation_state())
+    assert torch.equal(resumed(images[0]), one_by_one(images[0]))
+    looking.predict_through(SlidingWindowInferer(roi_size=images[0].shape[2:], overlap=0))
+    assert torch.allclose(looking(images[0]), expected[0], atol=1e-5)
+    assert looking.last[0]["forwards"] == 1
+    looking.compare()
+    looking(images[1])
+    assert looking.last[0]["forwards"] == 2
+    assert looking.unadapted is not None
+
+
+def test_another_site_is_learnt_from_at_once_when_it_is_noticed(source: nn.Module) -> None:
+    method = SiteCorrection(source, SiteStatistics(horizon=4), memory=SiteMemory(warm_up=3), refresh=2)
+    here = run(method, [0.3 * image for image in alike(6)])
+    there = run(method, [3.0 * image for image in alike(6, seed=1)])
+    back = run(method, [0.3 * image for image in alike(2, seed=2)])
+    assert [record["refreshed"] for record in here] == [True] * 5 + [False]
+    assert [record["elsewhere"] for record in there] == [True] * 2 + [False] * 4
+    assert [record["refreshed"] for record in there] == [True] * 3 + [False, True, False]
+    assert [record["refreshed"] for record in back] == [True, False]
+
+
+@pytest.mark.parametrize("refresh", [0, 1, 2.5, "5", -3])
+def test_refresh_must_be_some_images(refresh: object) -> None:
+    with pytest.raises(ValueError, match=f"refresh must be a whole number of images from 2, or None, got {refresh}"):
+        SiteCorrection(tiny_network(), refresh=refresh)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from monai.engines import SupervisedEvaluator
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from mgipt_monai import MGIPT, VPTTA, AdaptiveInferer, BatchNormAdaptation, Source, Tent, TestTimeAdaptationHandler
 from mgipt_monai.methods import InTEnt
 from mgipt_monai.networks import FrequencyPrompt
-from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, run_in_parts
 
 
 def network(dims: int = 3, channels: int = 1) -> nn.Module:
@@ -112,6 +114,22 @@ def test_no_more_than_one_window_goes_through_the_network_at_once() -> None:
     assert logits.shape == (1, 2, 24, 16, 24)
     assert set(shapes) == {(8, 8, 8)}
     assert method.last[0]["backwards"] % 3 == 0
+
+
+def test_views_of_a_large_volume_are_not_held_twice() -> None:
+    images, held = torch.rand(3, 1, 65, 64, 64), []
+
+    def run(part: Tensor) -> Tensor:
+        assert all(output() is None for output in held)
+        output = 2 * part
+        held.append(weakref.ref(output))
+        return output
+
+    assert torch.equal(run_in_parts(run, images), 2 * images)
+    assert len(held) == 3
+    held.clear()
+    assert torch.equal(run_in_parts(run, images[..., :8]), 2 * images[..., :8])
+    assert len(held) == 1
 
 
 def test_windows_show_their_part_of_the_prompted_volume() -> None:

@@ -25,7 +25,7 @@ from mgipt_monai.networks.alignment.layers import (
 )
 from mgipt_monai.networks.alignment.shortcuts import ChannelsLast, ForwardEnd, ForwardEndedError, FrozenPReLU
 from mgipt_monai.networks.alignment.source_statistics import SourceStatistics
-from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, parts
+from mgipt_monai.networks.alignment.windows import ForwardRoute, Windows, run_in_parts
 
 __all__ = ["AlignedNorms", "BlendedNorms", "Normalization", "check_normalization"]
 
@@ -277,7 +277,7 @@ class AlignedNorms:
     def predict(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network, one forward per image or window: images (B, C, \\*spatial) to logits (B, K, \\*spatial)."""
         with self._using(images, normalization, None):
-            return torch.cat([self.route.inferer(part, self._run) for part in parts(images)])
+            return run_in_parts(lambda part: self.route.inferer(part, self._run), images)
 
     def run(self, images: Tensor, normalization: Normalization = "source") -> Tensor:
         """Run the network on images (B, C, \\*spatial) as they are, such as windows that an inferer has cut."""
@@ -288,7 +288,7 @@ class AlignedNorms:
         """Run the network only where the loss is measured: logits of the windows side by side (B, K, ...)."""
         with self._using(images, normalization, None):
             windows = Windows(ForwardRoute(), images) if self.windows is None else self.windows
-            return torch.cat([windows.predict(part, self._run) for part in parts(images)])
+            return run_in_parts(lambda part: windows.predict(part, self._run), images)
 
     def predict_and_measure(self, image: Tensor, normalization: Normalization = "source") -> tuple[Tensor, float]:
         """Predict one image (1, C, \\*spatial) and measure its alignment loss in the same forwards.

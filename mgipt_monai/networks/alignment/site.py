@@ -129,7 +129,7 @@ class SiteStatistics(nn.Module):
         """Return the mean and deviation of a layer's input at the site, moved from the source's by the layer's share.
 
         Args:
-            name: the layer's name; it must have been observed for the current image.
+            name: the layer's name; it must have been observed, for the current image or an earlier one.
             source_mean: (C,).
             source_std: (C,), above 0.
             source_spread: squared spread of the source's images in z and r, (2, C) or (2, 1), which counts beside the
@@ -142,7 +142,7 @@ class SiteStatistics(nn.Module):
             return self._corrected[name]
         averages = self._with_latest(name)
         shift, spread = averages[:2], (averages[2:] - averages[:2].square()).clamp(min=0)
-        seen = self._count + 1
+        seen = self._count + (name in self._latest)
         # an exponential average is worth that many images; a single image has no spread
         effective = min(seen, 2 * self.horizon - 1)
         if source_spread is None and self.rule is not None:
@@ -160,7 +160,9 @@ class SiteStatistics(nn.Module):
         return self._corrected[name]
 
     def _with_latest(self, name: str) -> Tensor:
-        latest = self._latest[name]
+        latest = self._latest.get(name)
+        if latest is None:
+            return self._averages[name]
         if name not in self._averages:
             return latest
         return torch.lerp(self._averages[name].to(latest.device), latest, max(1 / (self._count + 1), 1 / self.horizon))
@@ -173,6 +175,16 @@ class SiteStatistics(nn.Module):
         """Return how much of a layer's squared shift is beyond the spread, ``1 - spread^2 / shift^2``, at least 0."""
         noise, square = self._compared[name]
         return (1 - noise / square.clamp(min=1e-12)).clamp(min=0).item()
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers that the averages are of."""
+        return list(self._averages)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the averages are over as many images as they will ever be."""
+        return self._count >= self.horizon
 
     @property
     def evidence(self) -> float:
@@ -237,10 +249,15 @@ class SiteNorms(AlignedNorms):
         self.site: SiteStatistics | None = None
         self.observe = False
         self.image_share: Sequence[float] | float = 0.0
+        self.strength = 1.0
 
     @contextmanager
     def corrected_to(
-        self, site: SiteStatistics, observe: bool = False, image_share: Sequence[float] | float = 0.0
+        self,
+        site: SiteStatistics,
+        observe: bool = False,
+        image_share: Sequence[float] | float = 0.0,
+        strength: float = 1.0,
     ) -> Iterator[None]:
         """Use a site's statistics for ``calibrated`` within the block.
 
@@ -250,12 +267,20 @@ class SiteNorms(AlignedNorms):
             image_share: weight of the image's own statistics in a blend with the site's (1 - lambda of Eq. 6, with the
                 site in the source's place), in [0, 1]. With several, the images of a batch are as many equal groups,
                 with a share each and without gradients.
+            strength: how far the source's statistics move to the site's, in [0, 1].
         """
-        self.site, self.observe, self.image_share = site, observe, image_share
+        self.site, self.observe, self.image_share, self.strength = site, observe, image_share, strength
         try:
             yield
         finally:
-            self.site, self.observe, self.image_share = None, False, 0.0
+            self.site, self.observe, self.image_share, self.strength = None, False, 0.0, 1.0
+
+    def known_evidence(self, site: SiteStatistics) -> float:
+        """Return the evidence of the images that a site has seen so far, without another."""
+        site.begin()
+        for name in site.layers:
+            site.correct(name, *self._source(name))
+        return site.evidence
 
     def look(self, image: Tensor) -> None:
         """Run the network in the windows that are looked at, two at once, which is faster than one by one."""
@@ -292,7 +317,11 @@ class SiteNorms(AlignedNorms):
 
     def _site_statistics(self, name: str, site: SiteStatistics) -> tuple[Tensor, Tensor]:
         """Return the site's mean and variance at a layer."""
-        mean, std = site.correct(name, *self._source(name))
+        source_mean, source_std = self._source(name)
+        mean, std = site.correct(name, source_mean, source_std)
+        if self.strength < 1:
+            mean = torch.lerp(source_mean, mean, self.strength)
+            std = source_std * (std / source_std).pow(self.strength)
         return mean, std.square() - self._eps(name)
 
     def _source(self, name: str) -> tuple[Tensor, Tensor]:

@@ -50,6 +50,22 @@ def parts(images: Tensor) -> tuple[Tensor, ...]:
     return images.split(max(len(images), 1) if small else 1)
 
 
+def run_in_parts(run: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Run images in the groups of :func:`parts`; the outputs go into one tensor, and are not all held a second time."""
+    groups = parts(images)
+    if len(groups) == 1:
+        return run(images)
+    outputs: Tensor | None = None
+    for place, group in enumerate(groups):
+        found = run(group)
+        if outputs is None:
+            outputs = found.new_empty(len(images), *found.shape[1:])
+        outputs[place] = found[0]
+        del found
+    assert outputs is not None
+    return outputs
+
+
 class NetworkOutputError(TypeError):
     """What a network returns fits no image of the stream: the run ends, and no image is recorded as failed."""
 
