@@ -44,7 +44,7 @@ label-test: $(LABEL_VENV)/.installed
 
 # all tests; those on real images run where MGIPT_TEST_DATA names their folder
 test: $(VENV)/.installed
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 # the attack suite in full: kills at every few lines, bombs, damaged files, races, anything in any file (tests/attack)
 attack: $(VENV)/.installed

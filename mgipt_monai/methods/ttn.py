@@ -287,8 +287,10 @@ def select_channels(
     sizes: list[Tensor] = []
 
     def observe(name: str, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].double().flatten(2)
-        moments.setdefault(name, []).append(torch.stack([values.mean(dim=2), values.square().mean(dim=2)]))
+        seen = moments.setdefault(name, [])
+        if len(seen) == len(sizes):  # of a layer that runs several times, the first
+            values = inputs[0].double().flatten(2)
+            seen.append(torch.stack([values.mean(dim=2), values.square().mean(dim=2)]))
 
     hooks = [
         layer.register_forward_pre_hook(lambda _, inputs, name=name: observe(name, inputs))

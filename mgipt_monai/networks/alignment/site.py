@@ -140,7 +140,7 @@ class SiteStatistics(nn.Module):
         """
         if name in self._corrected:
             return self._corrected[name]
-        averages = self._with_latest(name)
+        averages = self._with_latest(name).to(source_mean.device)  # those of a state are on the CPU
         shift, spread = averages[:2], (averages[2:] - averages[:2].square()).clamp(min=0)
         seen = self._count + (name in self._latest)
         # an exponential average is worth that many images; a single image has no spread
