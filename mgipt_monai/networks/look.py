@@ -77,11 +77,13 @@ def amplitudes(image: Tensor) -> Tensor:
         >>> torch.allclose(amplitudes(image), amplitudes(2 * image), atol=1e-4)
         True
     """
-    low = _low(image)
+    return _amplitudes(_low(image))
+
+
+def _amplitudes(low: LowFrequencies) -> Tensor:
     rest = low.apply(low.coefficients.real.new_zeros(1, *low.shape)).flatten(2).std(dim=2)[0]
-    found = low.coefficients[0].abs().clamp(min=TINY).log() - rest.clamp(min=TINY).log().view(
-        -1, *[1] * (image.ndim - 2)
-    )
+    found = low.coefficients[0].abs().clamp(min=TINY).log()
+    found = found - rest.clamp(min=TINY).log().view(-1, *[1] * (found.ndim - 1))
     if low.short is not None:
         whole = found.new_full(low.shape, math.nan)
         whole.narrow(low.short - 1, low.zero, 1).copy_(found)
@@ -100,7 +102,10 @@ def change_amplitudes(image: Tensor, change: Tensor) -> Tensor:
     Returns:
         The changed image, same shape.
     """
-    low = _low(image)
+    return _changed(_low(image), change)
+
+
+def _changed(low: LowFrequencies, change: Tensor) -> Tensor:
     return low.apply(torch.cat([change, change[:, :-1].flip(1)], dim=1).view(1, *low.shape).exp())
 
 
@@ -288,9 +293,10 @@ class SiteLook:
         Raises:
             ValueError: for an image with other axes or channels than the source's, or one that is too small.
         """
-        _, change, first = self._compare("amplitudes", amplitudes(image), site)
+        low = _low(image)
+        _, change, first = self._compare("amplitudes", _amplitudes(low), site)
         if change.any():
-            image = change_amplitudes(image, change)
+            image = _changed(low, change)
         places, change, second = self._compare("tone", tone(image), site)
         if change.any():
             image = change_tone(image, places, change)
